@@ -1,1 +1,3 @@
-//! api
+//! The one HTTP+JSON contract: types, server, client. Decides nothing.
+
+pub mod types;

@@ -1,0 +1,361 @@
+//! The contract between the daemon and its clients.
+//!
+//! A request is `POST /v1/<op>` with the request's other fields as a JSON body.
+//! The answer is a stream of JSON lines, each one [`Message`]; the last one is
+//! `done` or `failed`. Shapes only grow.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{BranchId, BranchName, ProjectId};
+
+/// Where the client stands: which project, and which worktree of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct At {
+    /// The common git directory, canonical.
+    pub common_dir: PathBuf,
+    /// The git directory of the worktree the client stands in.
+    pub git_dir: PathBuf,
+    /// The top of that worktree.
+    pub worktree: Option<PathBuf>,
+}
+
+/// One thing asked of the daemon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// Answer: [`DaemonInfo`].
+    Ping,
+    /// Answer: [`Stopped`]. The daemon ends after it has answered.
+    Shutdown { stop_branches: bool },
+    /// Makes the repository a project, or renews what is known of it. The config file lies
+    /// in the worktree already. Answer: [`ProjectInfo`].
+    Register { at: At },
+    /// Answer: array of [`ProjectInfo`].
+    Projects,
+    /// Makes the first branch. Answer: [`Created`].
+    InitPostgres {
+        at: At,
+        /// Default: the git branch that is checked out.
+        branch: Option<BranchName>,
+        /// `auto`, or a driver's name. Default: the machine's settings.
+        storage: Option<String>,
+        /// `auto`, `docker` or `native`. Default: the machine's settings.
+        runtime: Option<String>,
+        pool: Option<PathBuf>,
+    },
+    /// Answer: [`Created`].
+    Create { at: At, name: BranchName, from: Option<BranchName> },
+    /// Turns the worktree's endpoint to a branch. Answer: [`Switched`].
+    Use { at: At, to: UseTarget },
+    /// Answer: array of [`BranchInfo`]; with `trash` those in the trash.
+    List { at: At, trash: bool },
+    /// Answer: [`BranchDetails`].
+    Show { at: At, name: BranchName },
+    /// Answer: [`StatusInfo`].
+    Status { at: At },
+    /// Answer: [`UsageInfo`].
+    Usage { at: At },
+    /// Moves a branch to the trash, or destroys it. Answer: [`Deleted`].
+    Delete { at: At, name: BranchName, now: bool, force: bool },
+    /// Answer: [`BranchInfo`].
+    Undelete { at: At, name: BranchName },
+    /// Forgets a project and moves its branches to the trash, or destroys them. Answer: [`ProjectDeleted`].
+    DeleteProject { at: At, now: bool },
+    /// Stops instances; none named: the active branch's. Answer: array of [`BranchInfo`].
+    Stop { at: At, name: Option<BranchName>, all: bool },
+    /// Starts an instance and waits until it answers. Answer: [`BranchInfo`].
+    Resume { at: At, name: Option<BranchName> },
+    /// Reconciles with git, storage and runtime. Answer: [`Synced`].
+    Sync { at: At, dry_run: bool },
+    /// Answer: [`UrlInfo`].
+    Url { at: At, name: Option<BranchName> },
+    /// Answer: [`LogInfo`].
+    Logs { at: At, name: Option<BranchName> },
+    /// Lets the config's commands, as they are now, run. Answer: [`Allowed`].
+    Allow { at: At },
+    /// From a git hook: HEAD of the worktree may have moved. Answer: [`HookOutcome`].
+    Hook { at: At },
+    /// Answer: array of [`Finding`].
+    Doctor { at: Option<At> },
+}
+
+/// What `use` turns to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UseTarget {
+    Branch(BranchName),
+    /// The branch that was active before, `-`.
+    Previous,
+    /// Whatever git's HEAD says.
+    Head,
+}
+
+/// One line of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Message {
+    /// Work in bytes; `total` 0 means unknown.
+    Progress { what: String, done: u64, total: u64 },
+    /// Something the user should know: "full copy of 1.2 GiB; a pool on btrfs makes this instant".
+    Notice(String),
+    Done(serde_json::Value),
+    Failed(Failure),
+}
+
+/// Why a request was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub kind: FailureKind,
+    /// What happened and why, lower case, no period.
+    pub message: String,
+    /// The next thing to do.
+    pub hint: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// The state forbids it, or it went wrong. Exit status 1.
+    Refused,
+    /// The config file or a setting. Exit status 2.
+    Config,
+    /// A bug. Exit status 70.
+    Bug,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonInfo {
+    pub pid: u32,
+    pub version: String,
+    /// Where the daemon writes its log when detached.
+    pub log_file: PathBuf,
+    pub projects: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    pub instances_stopped: usize,
+    pub instances_left: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectInfo {
+    pub id: ProjectId,
+    pub name: String,
+    pub common_dir: PathBuf,
+    pub proxy_port: u16,
+    pub branches: usize,
+    /// The project was known under another path and has moved here.
+    pub moved_from: Option<PathBuf>,
+    /// Whether this very call registered it.
+    pub new: bool,
+}
+
+/// The state scripts see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BranchState {
+    /// Being made, or starting for the first time.
+    Creating,
+    Running,
+    Stopped,
+    /// Its instance ended by itself or can't be started; `show` tells why.
+    Failed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchInfo {
+    pub id: BranchId,
+    pub name: BranchName,
+    pub parent: Option<BranchName>,
+    pub state: BranchState,
+    /// Whether the endpoint of the asking worktree shows it.
+    pub active: bool,
+    /// Its own port, served by the proxy.
+    pub port: u16,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+    /// RFC 3339, UTC; when it was moved to the trash.
+    pub trashed_at: Option<String>,
+    /// RFC 3339, UTC; when the trash will destroy it.
+    pub expires_at: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchDetails {
+    #[serde(flatten)]
+    pub info: BranchInfo,
+    /// The storage driver's name.
+    pub storage: String,
+    pub runtime: String,
+    /// To the branch's own port, whatever is active.
+    pub url: String,
+    pub volume: PathBuf,
+    pub backend: Backend,
+    pub postgres_version: u32,
+    pub log_file: PathBuf,
+    pub children: Vec<BranchName>,
+    /// Client sessions right now.
+    pub sessions: usize,
+    /// Why it failed, when it did.
+    pub failure: Option<String>,
+    pub logical_bytes: Option<u64>,
+    pub exclusive_bytes: Option<u64>,
+}
+
+/// Where the instance itself listens (or would, when stopped).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Backend {
+    Unix { unix: PathBuf, port: u16 },
+    Tcp { tcp: String, port: u16 },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Created {
+    pub branch: BranchInfo,
+    /// How the data got there: "btrfs snapshot", "full copy of 1.2 GiB", "initdb".
+    pub method: String,
+    pub storage: String,
+    pub runtime: String,
+    pub postgres_version: u32,
+    /// Until the branch was there, without its first start.
+    pub duration_ms: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Switched {
+    pub branch: BranchName,
+    pub previous: Option<BranchName>,
+    /// False when it was the active one already.
+    pub changed: bool,
+    pub duration_ms: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusInfo {
+    pub project: String,
+    /// What the endpoint shows; none before `init-postgres`.
+    pub branch: Option<BranchName>,
+    /// What git has checked out here; none when detached.
+    pub git_branch: Option<String>,
+    pub proxy_port: u16,
+    pub daemon: DaemonRef,
+    pub state: Option<BranchState>,
+    pub branches: usize,
+    pub running: usize,
+    pub sessions: usize,
+    pub storage: Option<String>,
+    pub runtime: Option<String>,
+    /// Things worth knowing: "HEAD is detached: the database stays on `main`".
+    pub notes: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonRef {
+    pub pid: u32,
+    pub version: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsageInfo {
+    pub branches: Vec<BranchUsage>,
+    pub pool: PoolUsage,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchUsage {
+    pub name: BranchName,
+    /// All files of the branch, shared or not.
+    pub logical_bytes: u64,
+    /// What only this branch holds: what destroying it would free.
+    pub exclusive_bytes: u64,
+    /// In the trash.
+    pub trashed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolUsage {
+    pub driver: String,
+    pub path: PathBuf,
+    pub total_bytes: u64,
+    pub free_bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deleted {
+    pub name: BranchName,
+    /// False when it lies in the trash.
+    pub destroyed: bool,
+    /// RFC 3339, UTC.
+    pub expires_at: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProjectDeleted {
+    pub name: String,
+    pub branches: Vec<BranchName>,
+    pub destroyed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Synced {
+    /// What was done, or with `dry_run` would be: "create branch `x` from `main`".
+    pub actions: Vec<String>,
+    /// What was found and left alone.
+    pub notes: Vec<String>,
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UrlInfo {
+    /// With password: `postgresql://user:password@127.0.0.1:port/database`.
+    pub url: String,
+    pub host: String,
+    pub port: u16,
+    pub user: String,
+    pub password: String,
+    pub database: String,
+    pub branch: Option<BranchName>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogInfo {
+    pub branch: BranchName,
+    pub log_file: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allowed {
+    pub after_create: Vec<String>,
+    pub after_switch: Vec<String>,
+}
+
+/// What became of a hook's report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HookOutcome {
+    pub created: Option<Created>,
+    pub switched: Option<Switched>,
+    /// For the user, when there is something to say: why nothing was done.
+    pub notes: Vec<String>,
+}
+
+/// One thing `doctor` looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    pub what: String,
+    pub level: Level,
+    pub detail: String,
+    /// The command or setting that mends it.
+    pub fix: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    Ok,
+    Warning,
+    Problem,
+}
