@@ -46,7 +46,11 @@ pub enum Request {
         pool: Option<PathBuf>,
     },
     /// Answer: [`Created`].
-    Create { at: At, name: BranchName, from: Option<BranchName> },
+    Create {
+        at: At,
+        name: BranchName,
+        from: Option<BranchName>,
+    },
     /// Turns the worktree's endpoint to a branch. Answer: [`Switched`].
     Use { at: At, to: UseTarget },
     /// Answer: array of [`BranchInfo`]; with `trash` those in the trash.
@@ -58,13 +62,22 @@ pub enum Request {
     /// Answer: [`UsageInfo`].
     Usage { at: At },
     /// Moves a branch to the trash, or destroys it. Answer: [`Deleted`].
-    Delete { at: At, name: BranchName, now: bool, force: bool },
+    Delete {
+        at: At,
+        name: BranchName,
+        now: bool,
+        force: bool,
+    },
     /// Answer: [`BranchInfo`].
     Undelete { at: At, name: BranchName },
     /// Forgets a project and moves its branches to the trash, or destroys them. Answer: [`ProjectDeleted`].
     DeleteProject { at: At, now: bool },
     /// Stops instances; none named: the active branch's. Answer: array of [`BranchInfo`].
-    Stop { at: At, name: Option<BranchName>, all: bool },
+    Stop {
+        at: At,
+        name: Option<BranchName>,
+        all: bool,
+    },
     /// Starts an instance and waits until it answers. Answer: [`BranchInfo`].
     Resume { at: At, name: Option<BranchName> },
     /// Reconciles with git, storage and runtime. Answer: [`Synced`].
@@ -97,7 +110,11 @@ pub enum UseTarget {
 #[serde(rename_all = "kebab-case")]
 pub enum Message {
     /// Work in bytes; `total` 0 means unknown.
-    Progress { what: String, done: u64, total: u64 },
+    Progress {
+        what: String,
+        done: u64,
+        total: u64,
+    },
     /// Something the user should know: "full copy of 1.2 GiB; a pool on btrfs makes this instant".
     Notice(String),
     Done(serde_json::Value),

@@ -1,1 +1,91 @@
-//! registry
+//! What is recorded: projects, branches, endpoints. SQLite, written by the daemon only.
+//!
+//! Holds nothing that can be observed instead: whether an instance runs, what
+//! HEAD is, how large a volume is. A change of several steps is recorded here
+//! before it begins (`creating`, `deleting`), so that the next start of the
+//! daemon can finish it or undo it.
+
+mod migrations;
+mod store;
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+pub use store::{Durability, Registry, RegistryError};
+
+use crate::types::{BranchId, BranchName, ProjectId, VolumeId};
+
+/// A project as recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProjectRecord {
+    pub id: ProjectId,
+    pub name: String,
+    /// The common git directory, canonical.
+    pub common_dir: PathBuf,
+    /// The config file's text when it was last read without error.
+    pub config: String,
+    /// The port in use; another than the config's where that one was taken by another project.
+    pub proxy_port: u16,
+    /// What its instances run on; none before the first branch.
+    pub server: Option<ServerRecord>,
+    /// Digest of the config's commands that the user allowed.
+    pub allowed_commands: Option<String>,
+    pub created_at: SystemTime,
+    /// Set by `delete-project`, until the last branch has left the trash.
+    pub deleted_at: Option<SystemTime>,
+}
+
+/// What a project's instances run on. It is never changed silently: another C
+/// library sorts text differently and would break indexes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerRecord {
+    /// The runtime's name.
+    pub runtime: String,
+    /// The image, or the folder of the server programs.
+    pub programs: String,
+    /// PostgreSQL's major version.
+    pub major: u32,
+}
+
+/// How far a branch's life has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Being made. Rolled back if the daemon dies: nobody has seen it yet.
+    Creating,
+    Ready,
+    /// Being destroyed on the user's word. Finished if the daemon dies.
+    Deleting,
+}
+
+/// A branch as recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BranchRecord {
+    pub id: BranchId,
+    pub project: ProjectId,
+    pub name: BranchName,
+    /// None for a root, and once the parent was destroyed.
+    pub parent: Option<BranchId>,
+    pub stage: Stage,
+    pub volume: VolumeId,
+    /// The storage driver's name.
+    pub driver: String,
+    pub pool: PathBuf,
+    /// Its own port, served by the proxy.
+    pub port: u16,
+    /// Whether an instance of it ever was ready.
+    pub started_once: bool,
+    pub created_at: SystemTime,
+    pub trashed_at: Option<SystemTime>,
+}
+
+/// An endpoint that follows a worktree's HEAD, as recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointRecord {
+    pub project: ProjectId,
+    /// The git directory of the worktree it follows.
+    pub git_dir: PathBuf,
+    pub branch: Option<BranchId>,
+    pub previous: Option<BranchId>,
+    /// The HEAD that was last acted on, so that the same HEAD is not acted on twice.
+    pub head: Option<String>,
+}

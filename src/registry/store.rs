@@ -1,0 +1,657 @@
+//! The registry's file and its statements.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rusqlite::types::Type;
+use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
+
+use super::{BranchRecord, EndpointRecord, ProjectRecord, ServerRecord, Stage, migrations};
+use crate::types::{BranchId, BranchName, ProjectId};
+
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    #[error("registry: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    #[error(
+        "the registry has schema version {found}, this dbranch knows {known}: a newer dbranch wrote it"
+    )]
+    Newer { found: usize, known: usize },
+    #[error("open registry {}: {source}", path.display())]
+    Open {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("branch `{0}` already exists")]
+    NameTaken(BranchName),
+    #[error("no free port from {min} to {max}")]
+    NoPort { min: u16, max: u16 },
+}
+
+/// How long a commit takes to be safe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Survives the death of the daemon at once, a power failure a little later.
+    Process,
+    /// Survives a power failure when the call returns.
+    Disk,
+}
+
+type Result<T, E = RegistryError> = std::result::Result<T, E>;
+
+/// The registry. Cheap to clone; calls block for a millisecond at most and are
+/// serialised.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    connection: Arc<Mutex<Connection>>,
+}
+
+impl Registry {
+    /// Opens or makes the registry, mode 0600, and brings its schema up to date.
+    pub fn open(path: &Path) -> Result<Self> {
+        let io = |source| RegistryError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map_err(io)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(io)?;
+        let mut connection = Connection::open(path)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "foreign_keys", true)?;
+        connection.busy_timeout(Duration::from_secs(5))?;
+        migrations::migrate(&mut connection)?;
+        Ok(Self {
+            connection: Arc::new(Mutex::new(connection)),
+        })
+    }
+
+    fn write<T>(
+        &self,
+        durability: Durability,
+        work: impl FnOnce(&Connection) -> Result<T>,
+    ) -> Result<T> {
+        let mut connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let synchronous = match durability {
+            Durability::Process => "NORMAL",
+            Durability::Disk => "FULL",
+        };
+        connection.pragma_update(None, "synchronous", synchronous)?;
+        let transaction = connection.transaction()?;
+        let result = work(&transaction)?;
+        transaction.commit()?;
+        Ok(result)
+    }
+
+    fn read<T>(&self, work: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+        work(
+            &self
+                .connection
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        )
+    }
+
+    // --- projects ---
+
+    pub fn projects(&self) -> Result<Vec<ProjectRecord>> {
+        self.read(|c| {
+            all(
+                c,
+                "SELECT * FROM projects ORDER BY created_at, id",
+                [],
+                project,
+            )
+        })
+    }
+
+    pub fn project(&self, id: &ProjectId) -> Result<Option<ProjectRecord>> {
+        self.read(|c| {
+            one(
+                c,
+                "SELECT * FROM projects WHERE id = ?1",
+                [id.as_str()],
+                project,
+            )
+        })
+    }
+
+    pub fn project_at(&self, common_dir: &Path) -> Result<Option<ProjectRecord>> {
+        self.read(|c| {
+            one(
+                c,
+                "SELECT * FROM projects WHERE common_dir = ?1",
+                [text(common_dir)],
+                project,
+            )
+        })
+    }
+
+    /// Writes a project, new or known.
+    pub fn put_project(&self, p: &ProjectRecord) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.prepare_cached(
+                "INSERT INTO projects (id, name, common_dir, config, proxy_port, runtime, programs, major,
+                                       allowed_commands, created_at, deleted_at)
+                 VALUES (:id, :name, :common_dir, :config, :proxy_port, :runtime, :programs, :major,
+                         :allowed, :created, :deleted)
+                 ON CONFLICT (id) DO UPDATE SET name = :name, common_dir = :common_dir, config = :config,
+                    proxy_port = :proxy_port, runtime = :runtime, programs = :programs, major = :major,
+                    allowed_commands = :allowed, deleted_at = :deleted",
+            )?
+            .execute(named_params! {
+                ":id": p.id.as_str(),
+                ":name": p.name,
+                ":common_dir": text(&p.common_dir),
+                ":config": p.config,
+                ":proxy_port": p.proxy_port,
+                ":runtime": p.server.as_ref().map(|s| &s.runtime),
+                ":programs": p.server.as_ref().map(|s| &s.programs),
+                ":major": p.server.as_ref().map(|s| s.major),
+                ":allowed": p.allowed_commands,
+                ":created": millis(p.created_at),
+                ":deleted": p.deleted_at.map(millis),
+            })?;
+            Ok(())
+        })
+    }
+
+    /// Forgets a project that has no branches left.
+    pub fn remove_project(&self, id: &ProjectId) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute("DELETE FROM projects WHERE id = ?1", [id.as_str()])?;
+            Ok(())
+        })
+    }
+
+    // --- branches ---
+
+    /// All branches of a project in order of creation: live, being made, and trashed.
+    pub fn branches(&self, project: &ProjectId) -> Result<Vec<BranchRecord>> {
+        self.read(|c| {
+            all(
+                c,
+                "SELECT * FROM branches WHERE project = ?1 ORDER BY created_at, id",
+                [project.as_str()],
+                branch,
+            )
+        })
+    }
+
+    pub fn branch(&self, id: &BranchId) -> Result<Option<BranchRecord>> {
+        self.read(|c| {
+            one(
+                c,
+                "SELECT * FROM branches WHERE id = ?1",
+                [id.as_str()],
+                branch,
+            )
+        })
+    }
+
+    /// The branch of that name that is neither in the trash nor being destroyed.
+    pub fn branch_named(
+        &self,
+        project: &ProjectId,
+        name: &BranchName,
+    ) -> Result<Option<BranchRecord>> {
+        self.read(|c| {
+            one(
+                c,
+                "SELECT * FROM branches WHERE project = ?1 AND name = ?2 AND trashed_at IS NULL AND stage <> 'deleting'",
+                [project.as_str(), name.as_str()],
+                branch,
+            )
+        })
+    }
+
+    /// Records a new branch. `ports` are tried in order; the record's own port is ignored.
+    pub fn add_branch(
+        &self,
+        new: &BranchRecord,
+        ports: (u16, u16),
+        usable: impl Fn(u16) -> bool,
+    ) -> Result<BranchRecord> {
+        self.write(Durability::Process, |c| {
+            let taken: Vec<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?;
+            let port = (ports.0..=ports.1)
+                .find(|port| !taken.contains(port) && usable(*port))
+                .ok_or(RegistryError::NoPort { min: ports.0, max: ports.1 })?;
+            c.prepare_cached(
+                "INSERT INTO branches (id, project, name, parent, stage, volume, driver, pool, port, started_once,
+                                       created_at, trashed_at)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+            )?
+            .execute(params![
+                new.id.as_str(),
+                new.project.as_str(),
+                new.name.as_str(),
+                new.parent.as_ref().map(BranchId::as_str),
+                stage_word(new.stage),
+                new.volume.as_str(),
+                new.driver,
+                text(&new.pool),
+                port,
+                new.started_once,
+                millis(new.created_at),
+                new.trashed_at.map(millis),
+            ])
+            .map_err(|e| match e.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => RegistryError::NameTaken(new.name.clone()),
+                _ => e.into(),
+            })?;
+            Ok(BranchRecord { port, ..new.clone() })
+        })
+    }
+
+    pub fn set_stage(&self, id: &BranchId, stage: Stage) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.prepare_cached("UPDATE branches SET stage = ?2 WHERE id = ?1")?
+                .execute(params![id.as_str(), stage_word(stage)])?;
+            Ok(())
+        })
+    }
+
+    pub fn set_started(&self, id: &BranchId) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.prepare_cached("UPDATE branches SET started_once = 1 WHERE id = ?1")?
+                .execute([id.as_str()])?;
+            Ok(())
+        })
+    }
+
+    /// Moves branches into the trash, or back with `None`, all or none. Endpoints let go of what is trashed.
+    pub fn set_trashed(&self, ids: &[BranchId], at: Option<SystemTime>) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            for id in ids {
+                c.execute(
+                    "UPDATE branches SET trashed_at = ?2 WHERE id = ?1",
+                    params![id.as_str(), at.map(millis)],
+                )?;
+                if at.is_some() {
+                    c.execute(
+                        "UPDATE endpoints SET branch = NULL WHERE branch = ?1",
+                        [id.as_str()],
+                    )?;
+                    c.execute(
+                        "UPDATE endpoints SET previous = NULL WHERE previous = ?1",
+                        [id.as_str()],
+                    )?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    pub fn rename_branch(&self, id: &BranchId, name: &BranchName) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute(
+                "UPDATE branches SET name = ?2 WHERE id = ?1",
+                [id.as_str(), name.as_str()],
+            )
+            .map_err(|e| match e.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => {
+                    RegistryError::NameTaken(name.clone())
+                }
+                _ => e.into(),
+            })?;
+            Ok(())
+        })
+    }
+
+    pub fn remove_branch(&self, id: &BranchId) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute("DELETE FROM branches WHERE id = ?1", [id.as_str()])?;
+            Ok(())
+        })
+    }
+
+    // --- endpoints ---
+
+    pub fn endpoints(&self, project: &ProjectId) -> Result<Vec<EndpointRecord>> {
+        self.read(|c| {
+            all(
+                c,
+                "SELECT * FROM endpoints WHERE project = ?1 ORDER BY git_dir",
+                [project.as_str()],
+                endpoint,
+            )
+        })
+    }
+
+    pub fn put_endpoint(&self, e: &EndpointRecord) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.prepare_cached(
+                "INSERT INTO endpoints (project, git_dir, branch, previous, head) VALUES (?1, ?2, ?3, ?4, ?5)
+                 ON CONFLICT (project, git_dir) DO UPDATE SET branch = ?3, previous = ?4, head = ?5",
+            )?
+            .execute(params![
+                e.project.as_str(),
+                text(&e.git_dir),
+                e.branch.as_ref().map(BranchId::as_str),
+                e.previous.as_ref().map(BranchId::as_str),
+                e.head,
+            ])?;
+            Ok(())
+        })
+    }
+
+    pub fn remove_endpoints(&self, project: &ProjectId) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.execute(
+                "DELETE FROM endpoints WHERE project = ?1",
+                [project.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+}
+
+fn one<T, P: rusqlite::Params>(
+    connection: &Connection,
+    sql: &str,
+    parameters: P,
+    map: impl FnOnce(&Row<'_>) -> rusqlite::Result<T>,
+) -> Result<Option<T>> {
+    Ok(connection
+        .prepare_cached(sql)?
+        .query_row(parameters, map)
+        .optional()?)
+}
+
+fn all<T, P: rusqlite::Params>(
+    connection: &Connection,
+    sql: &str,
+    parameters: P,
+    map: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+) -> Result<Vec<T>> {
+    Ok(connection
+        .prepare_cached(sql)?
+        .query_map(parameters, map)?
+        .collect::<rusqlite::Result<_>>()?)
+}
+
+fn project(row: &Row<'_>) -> rusqlite::Result<ProjectRecord> {
+    let runtime: Option<String> = row.get("runtime")?;
+    let server = match runtime {
+        Some(runtime) => Some(ServerRecord {
+            runtime,
+            programs: row.get("programs")?,
+            major: row.get("major")?,
+        }),
+        None => None,
+    };
+    Ok(ProjectRecord {
+        id: valid(row, "id", ProjectId::new)?,
+        name: row.get("name")?,
+        common_dir: path(row, "common_dir")?,
+        config: row.get("config")?,
+        proxy_port: row.get("proxy_port")?,
+        server,
+        allowed_commands: row.get("allowed_commands")?,
+        created_at: time(row.get("created_at")?),
+        deleted_at: row.get::<_, Option<i64>>("deleted_at")?.map(time),
+    })
+}
+
+fn branch(row: &Row<'_>) -> rusqlite::Result<BranchRecord> {
+    let parent: Option<String> = row.get("parent")?;
+    Ok(BranchRecord {
+        id: valid(row, "id", BranchId::new)?,
+        project: valid(row, "project", ProjectId::new)?,
+        name: valid(row, "name", BranchName::new)?,
+        parent: parent
+            .map(BranchId::new)
+            .transpose()
+            .map_err(|e| conversion(e.into()))?,
+        stage: match row.get::<_, String>("stage")?.as_str() {
+            "creating" => Stage::Creating,
+            "deleting" => Stage::Deleting,
+            _ => Stage::Ready,
+        },
+        volume: valid(row, "volume", crate::types::VolumeId::new)?,
+        driver: row.get("driver")?,
+        pool: path(row, "pool")?,
+        port: row.get("port")?,
+        started_once: row.get("started_once")?,
+        created_at: time(row.get("created_at")?),
+        trashed_at: row.get::<_, Option<i64>>("trashed_at")?.map(time),
+    })
+}
+
+fn endpoint(row: &Row<'_>) -> rusqlite::Result<EndpointRecord> {
+    let id = |column: &str| -> rusqlite::Result<Option<BranchId>> {
+        row.get::<_, Option<String>>(column)?
+            .map(BranchId::new)
+            .transpose()
+            .map_err(|e| conversion(e.into()))
+    };
+    Ok(EndpointRecord {
+        project: valid(row, "project", ProjectId::new)?,
+        git_dir: path(row, "git_dir")?,
+        branch: id("branch")?,
+        previous: id("previous")?,
+        head: row.get("head")?,
+    })
+}
+
+fn valid<T, E: std::error::Error + Send + Sync + 'static>(
+    row: &Row<'_>,
+    column: &str,
+    new: impl FnOnce(String) -> Result<T, E>,
+) -> rusqlite::Result<T> {
+    new(row.get(column)?).map_err(|e| conversion(Box::new(e)))
+}
+
+fn conversion(e: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(0, Type::Text, e)
+}
+
+fn stage_word(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Creating => "creating",
+        Stage::Ready => "ready",
+        Stage::Deleting => "deleting",
+    }
+}
+
+/// Paths are kept as text; bytes that are no UTF-8 are escaped so that they come back unchanged.
+fn text(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let mut out = String::new();
+    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+        out.push_str(&chunk.valid().replace('\u{1}', "\u{1}01"));
+        for byte in chunk.invalid() {
+            out.push_str(&format!("\u{1}{byte:02x}"));
+        }
+    }
+    out
+}
+
+fn path(row: &Row<'_>, column: &str) -> rusqlite::Result<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    let text: String = row.get(column)?;
+    let mut parts = text.split('\u{1}');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let (code, rest) = part.split_at_checked(2).unwrap_or((part, ""));
+        bytes.push(u8::from_str_radix(code, 16).map_err(|e| conversion(Box::new(e)))?);
+        bytes.extend_from_slice(rest.as_bytes());
+    }
+    Ok(std::ffi::OsString::from_vec(bytes).into())
+}
+
+fn millis(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn time(millis: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(u64::try_from(millis).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::VolumeId;
+
+    fn registry() -> (tempfile::TempDir, Registry) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(&dir.path().join("registry.db")).unwrap();
+        (dir, registry)
+    }
+
+    fn a_project(common_dir: &Path, proxy_port: u16) -> ProjectRecord {
+        ProjectRecord {
+            id: ProjectId::random(),
+            name: "shop".into(),
+            common_dir: common_dir.into(),
+            config: "{}".into(),
+            proxy_port,
+            server: Some(ServerRecord {
+                runtime: "native".into(),
+                programs: "/opt/pg/bin".into(),
+                major: 15,
+            }),
+            allowed_commands: None,
+            created_at: time(1_700_000_000_123),
+            deleted_at: None,
+        }
+    }
+
+    fn a_branch(project: &ProjectRecord, name: &str) -> BranchRecord {
+        BranchRecord {
+            id: BranchId::random(),
+            project: project.id.clone(),
+            name: BranchName::new(name).unwrap(),
+            parent: None,
+            stage: Stage::Creating,
+            volume: VolumeId::random(),
+            driver: "copy".into(),
+            pool: "/pool".into(),
+            port: 0,
+            started_once: false,
+            created_at: time(1_700_000_000_456),
+            trashed_at: None,
+        }
+    }
+
+    #[test]
+    fn records_come_back_as_they_were_written() {
+        let (dir, registry) = registry();
+        let odd = {
+            use std::os::unix::ffi::OsStrExt;
+            Path::new(std::ffi::OsStr::from_bytes(b"/re\xffpo/\x01/.git")).to_owned()
+        };
+        let project = a_project(&odd, 15432);
+        registry.put_project(&project).unwrap();
+        let branch = registry
+            .add_branch(&a_branch(&project, "feature/ü"), (15500, 15501), |_| true)
+            .unwrap();
+        assert_eq!(branch.port, 15500);
+        let endpoint = EndpointRecord {
+            project: project.id.clone(),
+            git_dir: odd.clone(),
+            branch: Some(branch.id.clone()),
+            previous: None,
+            head: Some("ref: x".into()),
+        };
+        registry.put_endpoint(&endpoint).unwrap();
+        drop(registry);
+
+        let registry = Registry::open(&dir.path().join("registry.db")).unwrap();
+        assert_eq!(registry.project_at(&odd).unwrap(), Some(project.clone()));
+        assert_eq!(
+            registry.branches(&project.id).unwrap(),
+            vec![branch.clone()]
+        );
+        assert_eq!(registry.endpoints(&project.id).unwrap(), vec![endpoint]);
+        let mode = std::fs::metadata(dir.path().join("registry.db"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_live_name_is_taken_once_and_free_again_from_the_trash() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let ports = (15500, 15509);
+        let first = registry
+            .add_branch(&a_branch(&project, "x"), ports, |_| true)
+            .unwrap();
+        let refused = registry.add_branch(&a_branch(&project, "x"), ports, |_| true);
+        assert!(
+            matches!(refused, Err(RegistryError::NameTaken(_))),
+            "{refused:?}"
+        );
+        registry
+            .add_branch(&a_branch(&project, "X"), ports, |_| true)
+            .unwrap();
+        registry
+            .set_trashed(std::slice::from_ref(&first.id), Some(SystemTime::now()))
+            .unwrap();
+        registry
+            .add_branch(&a_branch(&project, "x"), ports, |_| true)
+            .unwrap();
+        assert!(
+            registry.set_trashed(&[first.id], None).is_err(),
+            "the name is in use again"
+        );
+    }
+
+    #[test]
+    fn ports_in_use_are_passed_over_until_none_is_left() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let ports = (15500, 15502);
+        let port = |name: &str| {
+            registry
+                .add_branch(&a_branch(&project, name), ports, |p| p != 15501)
+                .map(|b| b.port)
+        };
+        assert_eq!(port("a").unwrap(), 15500);
+        assert_eq!(port("b").unwrap(), 15502);
+        assert!(matches!(port("c"), Err(RegistryError::NoPort { .. })));
+    }
+
+    #[test]
+    fn destroying_a_parent_leaves_its_children() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let parent = registry
+            .add_branch(&a_branch(&project, "main"), (1, 9), |_| true)
+            .unwrap();
+        let mut child = a_branch(&project, "child");
+        child.parent = Some(parent.id.clone());
+        let child = registry.add_branch(&child, (1, 9), |_| true).unwrap();
+        registry.remove_branch(&parent.id).unwrap();
+        assert_eq!(registry.branch(&child.id).unwrap().unwrap().parent, None);
+    }
+
+    #[test]
+    fn a_newer_registry_is_left_alone() {
+        let (dir, registry) = registry();
+        registry
+            .read(|c| Ok(c.pragma_update(None, "user_version", 99)?))
+            .unwrap();
+        drop(registry);
+        let refused = Registry::open(&dir.path().join("registry.db"));
+        assert!(matches!(
+            refused,
+            Err(RegistryError::Newer { found: 99, .. })
+        ));
+    }
+}
