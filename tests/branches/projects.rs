@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::TestEnv;
+use crate::support::{TestEnv, edit_config};
 
 /// A second repository with a config of that name, on the environment's second proxy port.
 fn second_project(env: &TestEnv, name: &str) -> std::path::PathBuf {
@@ -58,7 +58,7 @@ fn two_clones_of_one_repository_have_databases_of_their_own() {
     // The committed config names the port that the first checkout uses.
     let taken = env.dbranch_in(&clone, &["init", "--yes"]);
     let _ = taken.fails(1, &[&env.ports.first.to_string(), "proxy_port"]);
-    env.edit_config(&clone, |c| c["proxy_port"] = (env.ports.first + 1).into());
+    edit_config(&clone, |c| c["proxy_port"] = (env.ports.first + 1).into());
     let _ = env.dbranch_in(&clone, &["init", "--yes"]).ok();
     let _ = env.dbranch_in(&clone, &["init-postgres"]).ok();
     let url = env.dbranch_in(&clone, &["url"]).text();
@@ -106,7 +106,7 @@ fn a_copied_repository_is_a_project_of_its_own() {
     let copy = env.path("copy");
     let (from, to) = (env.repo().display().to_string(), copy.display().to_string());
     let _ = env.run("cp", &["-a", &from, &to]).ok();
-    env.edit_config(&copy, |c| c["proxy_port"] = (env.ports.first + 1).into());
+    edit_config(&copy, |c| c["proxy_port"] = (env.ports.first + 1).into());
     let _ = env.dbranch_in(&copy, &["init", "--yes"]).ok();
     let _ = env.dbranch_in(&copy, &["init-postgres"]).ok();
     let url = env.dbranch_in(&copy, &["url"]).text();

@@ -51,8 +51,8 @@ fn the_main_job_works(server: Server, storage: Storage) {
     let _ = env.git(&["checkout", "-q", "main"]).ok();
     assert_eq!(env.sql("select sum(v) from t"), "11");
 
-    is_recorded(&env, "feature/login", json!("main"));
-    is_recorded(&env, "main", Value::Null);
+    is_recorded(&env, "feature/login", &json!("main"));
+    is_recorded(&env, "main", &Value::Null);
     instances_outlive_the_daemon(&env);
     data_outlives_everything(&env);
 }
@@ -70,9 +70,9 @@ fn says_how(stderr: &str, who: &str, storage: Storage) {
     assert!(line.contains(method) && line.contains(" ms"), "{line}");
 }
 
-fn is_recorded(env: &TestEnv, branch: &str, parent: Value) {
+fn is_recorded(env: &TestEnv, branch: &str, parent: &Value) {
     let show = env.show(branch);
-    assert_eq!(show["parent"], parent, "{show}");
+    assert_eq!(&show["parent"], parent, "{show}");
     assert_eq!(show["storage"], env.storage.name(), "{show}");
     assert_eq!(show["runtime"], env.server.runtime(), "{show}");
     let volume = show["volume"].as_str().expect("a path");

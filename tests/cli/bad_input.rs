@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 
-use crate::support::{Server, Storage, TestEnv, is_root, need_root};
+use crate::support::{Server, Storage, TestEnv, edit_config, is_root, need_root};
 
 /// Commands that need a project.
 const PROJECT_COMMANDS: [&[&str]; 15] = [
@@ -112,7 +112,7 @@ fn a_version_that_is_not_installed_is_refused_with_what_is() {
         .nth(2)
         .expect("postgres (PostgreSQL) 15.1");
     let other = if major == "14" { 13 } else { 14 };
-    env.edit_config(&env.repo(), |c| c["postgres"]["version"] = other.into());
+    edit_config(&env.repo(), |c| c["postgres"]["version"] = other.into());
     let _ = env.dbranch(&["init", "--yes"]).ok();
     let _ = env
         .dbranch(&["init-postgres"])
@@ -128,8 +128,8 @@ fn an_image_that_is_absent_and_can_not_be_had_is_named() {
     env.write_config(&env.repo(), "shop", env.ports.first);
     // A registry on a port of ours, where nobody answers.
     let image = format!("127.0.0.1:{}/nobody/postgres:17", env.ports.last());
-    env.edit_config(&env.repo(), |c| {
-        c["postgres"]["image"] = image.clone().into()
+    edit_config(&env.repo(), |c| {
+        c["postgres"]["image"] = image.clone().into();
     });
     let _ = env.dbranch(&["init", "--yes"]).ok();
     let _ = env

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::TestEnv;
+use crate::support::{TestEnv, edit_config};
 
 /// Asserts that a config is refused as configuration, in words that name the file and all of `words`.
 #[track_caller]
@@ -105,7 +105,7 @@ fn the_example_is_accepted_as_it_is() {
     let example = include_str!("../../.dbranch.config.example.json");
     fs::write(env.repo().join(".dbranch.config.json"), example).expect("ours");
     // Its ports may be taken on this machine: ours are not.
-    env.edit_config(&env.repo(), |c| {
+    edit_config(&env.repo(), |c| {
         c["proxy_port"] = env.ports.first.into();
         if c.get("api_port").is_some() {
             c["api_port"] = (env.ports.first + 1).into();
@@ -120,7 +120,7 @@ fn the_example_is_accepted_as_it_is() {
 fn settings_reach_the_server_and_branches_of_it() {
     let Some(env) = TestEnv::quick() else { return };
     env.write_config(&env.repo(), "shop", env.ports.first);
-    env.edit_config(&env.repo(), |c| {
+    edit_config(&env.repo(), |c| {
         c["postgres"]["user"] = "ada".into();
         c["postgres"]["database"] = "ledger".into();
         c["postgres"]["settings"]["work_mem"] = "7MB".into();
@@ -144,8 +144,9 @@ fn commands_of_a_config_run_only_once_they_are_allowed() {
     let Some(env) = TestEnv::ready() else { return };
     let mark = env.path("elsewhere/mark");
     let _ = env.git(&["checkout", "-q", "-b", "before"]).ok();
-    env.edit_config(&env.repo(), |c| {
-        c["after_create"] = serde_json::json!([format!("echo ran >> {}", mark.display())]);
+    edit_config(&env.repo(), |c| {
+        c["commands"]["after_create"] =
+            serde_json::json!([format!("echo ran >> {}", mark.display())]);
     });
     let _ = env.git(&["checkout", "-q", "-b", "unasked"]).ok();
     assert!(!mark.exists(), "nobody has allowed it");
@@ -155,8 +156,8 @@ fn commands_of_a_config_run_only_once_they_are_allowed() {
         mark.exists()
     });
     // What was allowed is that very content.
-    env.edit_config(&env.repo(), |c| {
-        c["after_create"] = serde_json::json!([format!("rm {}", mark.display())]);
+    edit_config(&env.repo(), |c| {
+        c["commands"]["after_create"] = serde_json::json!([format!("rm {}", mark.display())]);
     });
     let _ = env.git(&["checkout", "-q", "-b", "changed"]).ok();
     assert!(mark.exists());

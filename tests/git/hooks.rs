@@ -78,10 +78,8 @@ fn a_hook_in_another_language_runs_as_before() {
     let Some(env) = TestEnv::ready() else { return };
     let _ = env.dbranch(&["uninstall-hooks"]).ok();
     let mark = env.path("elsewhere/mark");
-    let python = format!(
-        "#!/usr/bin/env python3\nimport sys\nopen({:?}, 'w').write(sys.argv[3])\n",
-        mark
-    );
+    let python =
+        format!("#!/usr/bin/env python3\nimport sys\nopen({mark:?}, 'w').write(sys.argv[3])\n");
     let hook = write_hook(&env, &python);
     let before = tree(hook.parent().expect("a folder"));
     let _ = env.dbranch(&["install-hooks"]).ok();

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::NoTls;
 
-use crate::support::{LIMIT, TestEnv};
+use crate::support::{LIMIT, TestEnv, edit_config};
 
 /// `main` with an empty table `t`, and a branch `other` that has it too.
 fn two_branches() -> Option<TestEnv> {
@@ -105,7 +105,7 @@ fn the_end_after_a_transaction_is_57p01() {
 #[test]
 fn a_transaction_that_outlasts_the_grace_is_rolled_back() {
     let Some(env) = two_branches() else { return };
-    env.edit_config(&env.repo(), |c| c["git"]["switch_grace"] = "300ms".into());
+    edit_config(&env.repo(), |c| c["switch_grace"] = "300ms".into());
     let _ = env.dbranch(&["init", "--yes"]).ok();
     let mut session = env.session(&env.url());
     assert_eq!(

@@ -29,7 +29,7 @@ pub(crate) struct TestEnv {
     image: Option<String>,
     bin_dir: Option<PathBuf>,
     vars: Vec<(String, String)>,
-    /// Removed with the environment, unless the test fails.
+    /// Removed with the environment.
     _folders: Vec<TempDir>,
 }
 
@@ -233,21 +233,13 @@ impl TestEnv {
 
     /// Puts this environment's ports and server into a config.
     pub(crate) fn adapt_config(&self, dir: &Path) {
-        self.edit_config(dir, |config| {
+        edit_config(dir, |config| {
             config["port_min"] = json!(self.ports.first + 4);
             config["port_max"] = json!(self.ports.last());
             if let Some(image) = &self.image {
                 config["postgres"]["image"] = json!(image);
             }
         });
-    }
-
-    pub(crate) fn edit_config(&self, dir: &Path, edit: impl FnOnce(&mut Value)) {
-        let file = dir.join(".dbranch.config.json");
-        let text = fs::read_to_string(&file).expect("the config file was written");
-        let mut config = serde_json::from_str(&text).expect("the config file is JSON");
-        edit(&mut config);
-        fs::write(&file, format!("{config:#}\n")).expect("writable");
     }
 
     /// `init`, `init-postgres` and `install-hooks` in the repository.
@@ -409,7 +401,9 @@ impl TestEnv {
 
     fn remove_by_force(&self) {
         for dir in self.folders() {
-            processes_in(&dir).iter().for_each(|p| kill_9(p.pid));
+            for process in processes_in(&dir) {
+                kill_9(process.pid);
+            }
             for mount in mounts_in(&dir).iter().rev() {
                 let _ = Command::new("umount").arg(mount).output();
             }
@@ -419,7 +413,11 @@ impl TestEnv {
         }
     }
 
-    /// The end of each log, for a test that failed.
+    /// Shows the end of each log, for a test that failed.
+    #[expect(
+        clippy::print_stderr,
+        reason = "the test runner shows it with the failure"
+    )]
     fn show_logs(&self) {
         let mut folders = vec![self.path("home")];
         while let Some(dir) = folders.pop() {
@@ -461,6 +459,15 @@ impl Drop for TestEnv {
             }
         }
     }
+}
+
+/// Changes a config as a person would, with an editor.
+pub(crate) fn edit_config(dir: &Path, edit: impl FnOnce(&mut Value)) {
+    let file = dir.join(".dbranch.config.json");
+    let text = fs::read_to_string(&file).expect("the config file was written");
+    let mut config = serde_json::from_str(&text).expect("the config file is JSON");
+    edit(&mut config);
+    fs::write(&file, format!("{config:#}\n")).expect("writable");
 }
 
 fn make_folder(parent: &Path) -> TempDir {

@@ -13,9 +13,8 @@ mod session;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub(crate) use env::TestEnv;
+pub(crate) use env::{TestEnv, edit_config};
 pub(crate) use leftovers::{is_alive, kill_9, processes_in};
-pub(crate) use process::Output;
 pub(crate) use session::Session;
 
 /// How long a test waits for something that should come at once. Generous,
@@ -138,6 +137,7 @@ struct Missing(&'static str, String);
 
 /// Passes what was found on; says aloud that the test is skipped when it was not,
 /// and fails it when it may not be skipped.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn required<T>(found: Result<T, Missing>) -> Option<T> {
     match found {
         Ok(it) => Some(it),

@@ -91,7 +91,7 @@ pub(crate) fn run(mut command: Command, limit: Duration) -> Output {
     let stdout = read_all(child.stdout.take().expect("piped"));
     let stderr = read_all(child.stderr.take().expect("piped"));
     let deadline = std::time::Instant::now() + limit;
-    let mut rest = || deadline.saturating_duration_since(std::time::Instant::now());
+    let rest = || deadline.saturating_duration_since(std::time::Instant::now());
     let (Ok(stdout), Ok(stderr)) = (stdout.recv_timeout(rest()), stderr.recv_timeout(rest()))
     else {
         let ended = child.try_wait().ok().flatten();
