@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use crate::api::serve;
 use crate::config::{Machine, Paths};
 use crate::engine::Engine;
-use crate::fsx::lock::{Held, LockFile};
+use crate::fsx::{LockError, LockFile};
 use crate::registry::Registry;
 use ports::ProxyPorts;
 use requests::Requests;
@@ -50,8 +50,8 @@ pub fn run(paths: &Paths, detached: bool) -> anyhow::Result<Ended> {
     log_to_stderr();
     let _lock = match LockFile::acquire(&paths.lock_file()) {
         Ok(lock) => lock,
-        Err(Held::By { pid }) => return Ok(Ended::AlreadyRunning { pid }),
-        Err(Held::Io(e)) => return Err(e).context(format!("lock {}", paths.lock_file().display())),
+        Err(LockError::Held { pid, .. }) => return Ok(Ended::AlreadyRunning { pid }),
+        Err(e) => return Err(e.into()),
     };
     raise_file_limit();
     tokio::runtime::Builder::new_multi_thread()
@@ -65,7 +65,7 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
     let machine = Machine::load(paths)?;
     let registry = Registry::open(&paths.registry_file())?;
     let stop = CancellationToken::new();
-    let ports = Arc::new(ProxyPorts::new(stop.child_token()));
+    let ports = Arc::new(ProxyPorts::new(stop.child_token())?);
     let engine = Engine::new(paths.clone(), machine, registry, ports.clone())?;
     ports.serve_for(&engine);
 
@@ -77,8 +77,8 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
         .with_context(|| format!("restrict {}", socket.display()))?;
 
     engine.recover().await?;
-    let heads = heads::Heads::new(engine.clone());
-    heads.watch_all().await;
+    let heads = heads::Heads::new(engine.clone())?;
+    heads.watch_all();
     info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"), "dbranch is up");
 
     let requests = Requests::new(engine.clone(), paths.clone(), heads.clone(), stop.clone());

@@ -1,6 +1,7 @@
 //! Making branches: the first one by initdb, every other one as a clone of its parent.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{info, warn};
@@ -8,10 +9,10 @@ use tracing::{info, warn};
 use super::instances::{Live, Slot};
 use super::{ADMIN, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point, data_dir};
 use crate::git::Location;
-use crate::postgres::cluster;
+use crate::postgres::{self, CONTROL_FILE};
 use crate::registry::{BranchRecord, ProjectRecord, ServerRecord, Stage};
 use crate::runtime::{InitSpec, RuntimeKind, Server, StopMode, choose};
-use crate::storage::{Choice, CloneMethod, Consistency, DriverKind, Omit};
+use crate::storage::{Choice, CloneMethod, Consistency, Omit, StorageDriver};
 use crate::types::{BranchId, BranchName, VolumeId};
 
 /// A branch that was made.
@@ -62,30 +63,28 @@ impl Engine {
         };
 
         let machine = &self.0.machine;
-        let choice: Choice = request.storage.as_deref().unwrap_or(&machine.storage).parse().map_err(
+        let choice: Choice = request.storage.as_deref().unwrap_or(&machine.storage.value).parse().map_err(
             |e: crate::types::Invalid| EngineError::config(e.to_string()).hint("set DBRANCH_STORAGE to auto, btrfs or copy"),
         )?;
-        let kind = match request.runtime.as_deref().unwrap_or(&machine.runtime) {
+        let kind = match request.runtime.as_deref().unwrap_or(&machine.runtime.value) {
             "auto" => None,
             name => Some(name.parse::<RuntimeKind>().map_err(|e| {
                 EngineError::config(e.to_string()).hint("set DBRANCH_RUNTIME to auto, docker or native")
             })?),
         };
-        let pool = request.pool.or_else(|| machine.pool.clone()).unwrap_or_else(|| self.0.paths.default_pool.clone());
+        let pool = request.pool.unwrap_or_else(|| self.pool());
         let driver = self.open_pool(choice, &pool).await?;
         let chosen = choose(
             kind,
             config.postgres.version,
             config.postgres.image.as_deref(),
-            &|done, total, what: &str| to.progress(what, done, total),
+            &mut |pull| to.progress(&pull.status, pull.done_bytes, pull.total_bytes),
         )
         .await?;
-        for note in &chosen.notes {
-            to.notice(note);
+        if let Some(why) = &chosen.notice {
+            to.notice(format!("native postgres is used: {why}"));
         }
-        if driver.kind() == DriverKind::Copy
-            && let Some(advice) = crate::storage::advice(&pool)
-        {
+        if let Some(advice) = driver.advice() {
             to.notice(advice);
         }
         let server = ServerRecord {
@@ -143,11 +142,11 @@ impl Engine {
         let config = Self::config(project)?;
         let driver = self.driver(branch).await?;
         let (runtime, _, _) = self.runtime(project).await?;
-        let (volume_id, owner) = (branch.volume.clone(), self.0.owner);
+        let (volume_id, owner) = (branch.volume.clone(), self.give_to());
         let maker = driver.clone();
         let data_dir = blocking(move || {
             let dir = data_dir(&maker.create_volume(&volume_id)?);
-            crate::fsx::create_dir_owned(&dir, 0o700, owner).map_err(|e| EngineError::io("make", &dir, &e))?;
+            crate::fsx::make_folder(&dir, 0o700, owner).map_err(|e| EngineError::io("make", &dir, &e))?;
             Ok(dir)
         })
         .await?;
@@ -155,12 +154,7 @@ impl Engine {
         // initdb reads the password as the owner of the data, who can't read our secrets.
         let admin_password = self.password(&project.id, Secret::Admin)?;
         let password_file = driver.volume_path(&branch.volume).join("password");
-        crate::fsx::atomic::write_atomic(
-            &password_file,
-            admin_password.reveal().as_bytes(),
-            0o600,
-            Some(self.0.owner),
-        )
+        crate::fsx::write_atomic(&password_file, admin_password.reveal().as_bytes(), 0o600, self.give_to())
         .map_err(|e| EngineError::io("write", &password_file, &e))?;
         let made = runtime
             .init_cluster(&InitSpec {
@@ -198,7 +192,29 @@ impl Engine {
         self.detached(async move { engine.create_in_task(&project, name, &parent, &to).await }).await
     }
 
-    async fn create_in_task(
+    /// Makes a branch without switching to it, from the parent named or the one that is shown.
+    pub async fn create_by_word(
+        &self,
+        location: &Location,
+        name: BranchName,
+        from: Option<&BranchName>,
+        to: Reporter,
+    ) -> Result<Created> {
+        let project = self.project_at(location)?;
+        let parent = match from {
+            Some(from) => self.must_find(&project, from).await?,
+            None => match self.shown_at(&project, location)? {
+                Some(shown) => shown,
+                None => self.find_parent(&project, location, &name)?.ok_or_else(EngineError::no_root)?,
+            },
+        };
+        let created = self.create(&project, name, &parent, to).await?;
+        let outcome = super::Followed { created: Some(created.clone()), ..super::Followed::default() };
+        self.run_commands(&project, location, &created.branch, &outcome);
+        Ok(created)
+    }
+
+    pub(super) async fn create_in_task(
         &self,
         project: &ProjectRecord,
         name: BranchName,
@@ -252,9 +268,9 @@ impl Engine {
         crash_point("create:recorded");
         drop(live);
         let took = begun.elapsed();
-        let method = describe(cloned);
+        let method = cloned.to_string();
         if let CloneMethod::FullCopy { .. } = cloned
-            && let Some(advice) = crate::storage::advice(&branch.pool)
+            && let Some(advice) = self.driver(&branch).await?.advice()
         {
             to.notice(advice);
         }
@@ -296,25 +312,39 @@ impl Engine {
                 clone(Omit::NOTHING).await?
             }
             (true, Consistency::NeedsBackup) => {
-                let admin = self.admin(&mut live, &parent).await?;
-                admin.start_backup("dbranch").await?;
-                let cloned = clone(Omit(cluster::omit)).await;
-                let label = admin.stop_backup().await;
-                let (method, label) = (cloned?, label?);
-                let (driver, from, into, owner) =
-                    (driver.clone(), parent.volume.clone(), child.volume.clone(), self.0.owner);
-                blocking(move || {
-                    driver.catch_up(&from, &into, std::path::Path::new(cluster::WAL_FOLDER))?;
-                    Ok(cluster::write_backup_label(&data_dir(&driver.volume_path(&into)), &label, owner)?)
-                })
-                .await?;
+                self.admin(&mut live, &parent).await?;
+                let mut backup = live.take_admin()?.start_backup().await?;
+                let method = clone(Omit(postgres::omit)).await?;
+                self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()]).await?;
+                let label = backup.stop().await?;
+                self.catch_up(&driver, &parent, child, label.wal_files().collect()).await?;
+                let (data_dir, owner) = (data_dir(&driver.volume_path(&child.volume)), self.give_to());
+                blocking(move || Ok(postgres::write_backup_label(&data_dir, &label, owner)?)).await?;
+                live.give_admin(backup.end().await?);
                 method
             }
             (false, _) => clone(Omit::NOTHING).await?,
         };
         let volume = driver.volume_path(&child.volume);
-        blocking(move || Ok(cluster::shed(&data_dir(&volume))?)).await?;
+        blocking(move || Ok(postgres::shed(&data_dir(&volume))?)).await?;
         Ok(method)
+    }
+
+    async fn catch_up(
+        &self,
+        driver: &Arc<dyn StorageDriver>,
+        parent: &BranchRecord,
+        child: &BranchRecord,
+        files: Vec<PathBuf>,
+    ) -> Result<()> {
+        let (driver, from, into) = (driver.clone(), parent.volume.clone(), child.volume.clone());
+        blocking(move || {
+            for file in files {
+                driver.catch_up(&from, &into, &file)?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Takes back a branch that could not be finished. Runs to its end whatever fails.
@@ -342,19 +372,11 @@ impl Engine {
         use crate::git::Head;
         match crate::git::head(&location.git_dir)? {
             Head::Branch(name) | Head::Unborn(name) => Ok(name),
-            Head::Detached(_) => crate::git::default_branch(&location.common_dir).ok_or_else(|| {
+            Head::Detached(_) => crate::git::default_branch(&location.common_dir)?.ok_or_else(|| {
                 EngineError::refused("HEAD is detached, so there is no branch to name the database after")
                     .hint("git switch main, then dbranch init-postgres")
             }),
         }
-    }
-}
-
-fn describe(method: CloneMethod) -> String {
-    match method {
-        CloneMethod::BtrfsSnapshot => "btrfs snapshot".into(),
-        CloneMethod::FullCopy { bytes } => format!("full copy of {}", human_bytes(bytes)),
-        CloneMethod::SharedCopy { bytes } => format!("copy of {} with shared blocks", human_bytes(bytes)),
     }
 }
 

@@ -86,12 +86,12 @@ impl Engine {
             Ok(driver) => driver,
             Err(e) => return Check::problem("storage", e.message, e.hint.unwrap_or_default()),
         };
-        let kind = driver.kind();
+        let (kind, advice) = (driver.kind(), driver.advice());
         let free = blocking(move || Ok(driver.space()?)).await.map_or(0, |s| s.free_bytes);
         let detail = format!("{kind} in {}, {} free", pool.display(), super::create::human_bytes(free));
-        match crate::storage::advice(&pool) {
-            Some(advice) if kind == crate::storage::DriverKind::Copy => Check::warning("storage", detail, advice),
-            _ => Check::ok("storage", detail),
+        match advice {
+            Some(advice) => Check::warning("storage", detail, advice),
+            None => Check::ok("storage", detail),
         }
     }
 
@@ -126,7 +126,7 @@ impl Engine {
 }
 
 fn check_hooks(location: &Location) -> Check {
-    match git::hooks::status(location) {
+    match git::status(location) {
         Ok(status) if status.is_installed() => Check::ok("git hooks", "installed"),
         Ok(_) => Check::warning(
             "git hooks",

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::config::ConfigError;
 use crate::git::GitError;
-use crate::postgres::PostgresError;
+use crate::postgres::{AdminError, BadSetting, ClusterError};
 use crate::registry::RegistryError;
 use crate::runtime::RuntimeError;
 use crate::storage::StorageError;
@@ -63,7 +63,7 @@ impl EngineError {
 
 impl From<ConfigError> for EngineError {
     fn from(e: ConfigError) -> Self {
-        Self { kind: Kind::Config, message: e.to_string(), hint: e.hint() }
+        Self { kind: Kind::Config, message: e.to_string(), hint: e.hint }
     }
 }
 
@@ -83,34 +83,31 @@ impl From<RegistryError> for EngineError {
 
 impl From<StorageError> for EngineError {
     fn from(e: StorageError) -> Self {
-        let hint = match &e {
-            StorageError::NoRoom { .. } => {
-                Some("free some space, or put the pool on btrfs where a branch takes almost none (DBRANCH_POOL)".into())
-            }
-            StorageError::Unsupported { .. } => {
-                Some("set DBRANCH_STORAGE=auto, or DBRANCH_POOL to a folder on a file system that can".into())
-            }
-            StorageError::Denied { hint, .. } => Some(hint.clone()),
-            _ => None,
-        };
-        Self { kind: Kind::Refused, message: e.to_string(), hint }
+        Self { kind: Kind::Refused, hint: e.hint(), message: e.to_string() }
     }
 }
 
 impl From<RuntimeError> for EngineError {
     fn from(e: RuntimeError) -> Self {
-        let hint = match &e {
-            RuntimeError::NoServer { hint, .. } => Some(hint.clone()),
-            RuntimeError::Unavailable(_) => Some("dbranch doctor".into()),
-            RuntimeError::Failed { .. } => None,
-        };
-        Self { kind: Kind::Refused, message: e.to_string(), hint }
+        Self { kind: Kind::Refused, hint: e.hint().map(Into::into), message: e.to_string() }
     }
 }
 
-impl From<PostgresError> for EngineError {
-    fn from(e: PostgresError) -> Self {
+impl From<ClusterError> for EngineError {
+    fn from(e: ClusterError) -> Self {
+        Self { kind: Kind::Refused, hint: e.hint(), message: e.to_string() }
+    }
+}
+
+impl From<AdminError> for EngineError {
+    fn from(e: AdminError) -> Self {
         Self::refused(e.to_string())
+    }
+}
+
+impl From<BadSetting> for EngineError {
+    fn from(e: BadSetting) -> Self {
+        Self::config(e.to_string()).hint("change it under postgres.settings in .dbranch.config.json")
     }
 }
 

@@ -55,6 +55,12 @@ pub enum Urge {
     Word,
 }
 
+impl Endpoint {
+    pub(super) fn set(&self, branch: Option<BranchId>) {
+        self.active.send_replace(branch);
+    }
+}
+
 impl Engine {
     pub(super) fn endpoint(&self, key: &EndpointKey) -> Arc<Endpoint> {
         lock(&self.0.endpoints)
@@ -157,7 +163,7 @@ impl Engine {
             return Ok((Some(found), None, None));
         }
         if let Some(old) = git::renamed_from(&location.common_dir, name)?
-            && !git::branch_exists(&location.common_dir, &old)
+            && !git::branch_exists(&location.common_dir, &old)?
             && let Some(branch) = self.find_settled(project, &old).await?
         {
             self.0.registry.rename_branch(&branch.id, name)?;

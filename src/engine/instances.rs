@@ -1,6 +1,5 @@
 //! Instances: started on demand, watched, stopped.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -9,11 +8,10 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tracing::{info, warn};
 
 use super::{ADMIN, Engine, EngineError, Result, Secret, data_dir, lock};
-use crate::postgres::admin::Admin;
-use crate::postgres::{cluster, conf, probe};
+use crate::postgres::{self, Admin, Conf};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::{Instance, InstanceSpec, Limits, Runtime, StopMode};
-use crate::types::{BackendAddress, BranchId};
+use crate::types::{BackendAddress, BranchId, BranchName};
 
 /// How long a start may take. Recovery after a crash replays up to `max_wal_size` of log.
 const START_LIMIT: Duration = Duration::from_secs(300);
@@ -51,9 +49,27 @@ pub(super) struct Live {
 }
 
 impl Live {
+    /// Hands out the administrator's connection, which a backup uses up.
+    pub(super) fn take_admin(&mut self) -> Result<Admin> {
+        self.admin.take().ok_or_else(|| EngineError::bug("the administrator is not logged in"))
+    }
+
+    pub(super) fn give_admin(&mut self, admin: Admin) {
+        self.admin = Some(admin);
+    }
+
     pub(super) fn is_running(&self) -> bool {
         self.instance.is_some()
     }
+}
+
+/// Where a session of a branch goes.
+#[derive(Debug, Clone)]
+pub struct Served {
+    pub name: BranchName,
+    pub address: BackendAddress,
+    /// How long a transaction may go on after a switch.
+    pub grace: Duration,
 }
 
 /// Counts a session of a branch as long as it is held.
@@ -122,6 +138,18 @@ impl Engine {
         .await
     }
 
+    /// What a session of a branch needs: its instance, started when it does not run.
+    pub async fn serve(&self, id: &BranchId) -> Result<Served> {
+        let address = self.wake(id).await?;
+        let branch = self.0.registry.branch(id)?.ok_or_else(|| EngineError::refused("the branch is gone"))?;
+        let grace = Self::config(&self.project_of(&branch)?)?.switch_grace;
+        Ok(Served { name: branch.name, address, grace })
+    }
+
+    pub fn name_of(&self, id: &BranchId) -> Option<BranchName> {
+        self.0.registry.branch(id).ok().flatten().map(|b| b.name)
+    }
+
     /// Starts a branch's instance without anybody waiting.
     pub(super) fn wake_in_background(&self, id: &BranchId) {
         let (engine, id) = (self.clone(), id.clone());
@@ -175,8 +203,9 @@ impl Engine {
         };
         let mut exit = instance.exit.clone();
         let ready = tokio::select! {
-            ready = tokio::time::timeout(START_LIMIT, probe::wait_ready(&spec.data_dir)) => match ready {
-                Ok(()) => Ok(()),
+            ready = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => match ready {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(e)) => Err(format!("its lock file can't be read: {e}")),
                 Err(_) => Err(format!("it did not become ready within {} s", START_LIMIT.as_secs())),
             },
             ended = exit.wait_for(Option::is_some) => Err(match ended.as_deref() {
@@ -269,7 +298,7 @@ impl Engine {
         let Some(instance) = runtime.find(&spec).await? else { return Ok(false) };
         let mut exit = instance.exit.clone();
         tokio::select! {
-            _ = tokio::time::timeout(START_LIMIT, probe::wait_ready(&spec.data_dir)) => {}
+            _ = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => {}
             _ = exit.wait_for(Option::is_some) => return Ok(false),
         }
         slot.state.send_replace(InstanceState::Running(instance.address.clone()));
@@ -308,6 +337,12 @@ impl Engine {
         });
     }
 
+    pub(super) fn keep_admin_if_running(&self, branch: &BranchRecord) {
+        if matches!(self.slot(&branch.id).state(), InstanceState::Running(_)) {
+            self.keep_admin(branch);
+        }
+    }
+
     /// Closes the administrator's connection: an idle one costs the instance a process.
     pub(super) fn release_admin(&self, id: &BranchId) {
         let slot = self.slot(id);
@@ -331,7 +366,7 @@ impl Engine {
             socket_dir: self.0.paths.instance_socket_dir(&branch.id),
             log_file: self.0.paths.instance_log(&branch.id),
             owner: self.0.owner,
-            limits: Limits { memory_bytes: config.postgres.memory, cpus: config.postgres.cpus },
+            limits: Limits { memory_bytes: config.postgres.memory_bytes, cpus: config.postgres.cpus },
         };
         Ok((runtime, spec))
     }
@@ -345,9 +380,14 @@ impl Engine {
 
     /// Brings the included settings file up to what the config says now.
     pub(super) async fn write_conf(&self, project: &ProjectRecord, branch: &BranchRecord) -> Result<()> {
-        let conf = conf::Conf { settings: Self::config(project)?.postgres.settings, ..conf::Conf::default() };
-        let (dir, owner): (PathBuf, _) = (self.data_dir(branch).await?, self.0.owner);
-        super::blocking(move || Ok(conf::write(&dir, &conf, owner)?)).await
+        let settings = Self::config(project)?.postgres.settings;
+        postgres::check_settings(&settings)?;
+        let driver = self.driver(branch).await?;
+        let conf = Conf { settings, copy_on_write: driver.shares_blocks(), ..Conf::default() };
+        let dir = data_dir(&driver.volume_path(&branch.volume));
+        let owner = self.give_to();
+        super::blocking(move || Ok(conf.write(&dir, owner)?)).await?;
+        Ok(())
     }
 
     pub(super) fn project_of(&self, branch: &BranchRecord) -> Result<ProjectRecord> {
@@ -359,16 +399,18 @@ impl Engine {
 
     pub(super) async fn refuse_what_cannot_be_cloned(&self, branch: &BranchRecord) -> Result<()> {
         let volume = self.driver(branch).await?.volume_path(&branch.volume);
-        super::blocking(move || Ok(cluster::refuse_external(&data_dir(&volume))?)).await
+        super::blocking(move || Ok(postgres::refuse_external(&data_dir(&volume))?)).await
     }
 }
 
 /// The line of a server's log that tells why it ended.
-fn complaint(log: &[String]) -> Option<String> {
-    log.iter()
+fn complaint(log: &str) -> Option<String> {
+    let lines: Vec<_> = log.lines().collect();
+    lines
+        .iter()
         .rev()
         .find(|line| ["FATAL:", "PANIC:", "ERROR:"].iter().any(|word| line.contains(word)))
-        .or(log.last())
+        .or(lines.last())
         .map(|line| {
             let from = ["FATAL:", "PANIC:", "ERROR:"].iter().filter_map(|w| line.find(w)).min().unwrap_or(0);
             line[from..].trim().to_owned()

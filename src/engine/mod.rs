@@ -38,17 +38,16 @@ pub use create::{Created, InitRequest};
 pub use delete::{DeletedBranch, TRASH_KEEPS};
 pub use doctor::{Check, Level};
 pub use error::{EngineError, Kind};
-pub use follow::{Followed, Switched, Target};
-pub use instances::{InstanceState, Lease};
+pub use follow::{Followed, Switched, Target, Urge};
+pub use instances::{InstanceState, Lease, Served};
 pub use project::Registered;
 pub use recover::Reconciled;
-pub use view::{BranchView, PoolView, UsageView};
+pub use view::{BranchView, Credentials, PoolView, UsageView};
 
 use crate::config::{Machine, Paths, ProjectConfig};
+use crate::postgres;
 use crate::registry::{BranchRecord, ProjectRecord, Registry};
-use crate::runtime::docker::Docker;
-use crate::runtime::native::Native;
-use crate::runtime::{Runtime, Server};
+use crate::runtime::{Docker, Native, Runtime, Server, server_for};
 use crate::storage::{self, StorageDriver};
 use crate::types::{BranchId, Owner, Password, ProjectId};
 
@@ -87,7 +86,7 @@ impl Reporter {
         })
     }
 
-    fn notice(&self, text: impl Into<String>) {
+    pub fn notice(&self, text: impl Into<String>) {
         (self.0)(Report::Notice(text.into()));
     }
 
@@ -181,12 +180,12 @@ impl Engine {
             let mut bin_dir = PathBuf::from(&record.programs);
             if !bin_dir.join("postgres").exists() {
                 // The package was moved or reinstalled elsewhere; the major version is what binds the data.
-                let found = crate::runtime::discover::server_for(Some(record.major))?;
+                let found = server_for(Some(record.major))?;
                 if let (Server::Native { bin_dir: elsewhere }, _) = found {
                     bin_dir = elsewhere;
                 }
             }
-            Ok((Runtime::Native(Native::new()), Server::Native { bin_dir }, record.major))
+            Ok((Runtime::Native(Native), Server::Native { bin_dir }, record.major))
         }
     }
 
@@ -217,6 +216,16 @@ impl Engine {
         Ok(driver)
     }
 
+    /// The owner to give files to; none where this process can't give any away.
+    fn give_to(&self) -> Option<Owner> {
+        nix::unistd::geteuid().is_root().then_some(self.0.owner)
+    }
+
+    /// The pool for new projects.
+    fn pool(&self) -> PathBuf {
+        self.0.machine.pool.value.clone().unwrap_or_else(|| self.0.paths.default_pool().to_owned())
+    }
+
     async fn data_dir(&self, branch: &BranchRecord) -> Result<PathBuf> {
         Ok(data_dir(&self.driver(branch).await?.volume_path(&branch.volume)))
     }
@@ -233,7 +242,7 @@ impl Engine {
             Ok(text) => Ok(Password::new(text.trim_end())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let password = Password::random();
-                crate::fsx::atomic::write_atomic(&file, password.reveal().as_bytes(), 0o600, None)
+                crate::fsx::write_atomic(&file, password.reveal().as_bytes(), 0o600, None)
                     .map_err(|e| EngineError::io("write", &file, &e))?;
                 Ok(password)
             }
@@ -262,7 +271,7 @@ impl Secret {
 
 /// Where the data directory lies in a volume.
 fn data_dir(volume: &Path) -> PathBuf {
-    volume.join("data")
+    volume.join(postgres::DATA_FOLDER)
 }
 
 /// Who owns data directories: the user, or for root, as whom postgres refuses to run, the system's `postgres`.

@@ -29,7 +29,7 @@ impl Engine {
         if let Some(found) = quietly(git::nearest(location, name, &candidates)).and_then(|n| named(&n)) {
             return Ok(Some(found));
         }
-        if let Some(found) = git::default_branch(&location.common_dir).and_then(|n| named(&n)) {
+        if let Some(found) = quietly(git::default_branch(&location.common_dir)).and_then(|n| named(&n)) {
             return Ok(Some(found));
         }
         Ok(branches.iter().find(|b| b.parent.is_none()).or(branches.first()).cloned())

@@ -214,7 +214,7 @@ fn mark(project: &ProjectRecord) -> Result<()> {
     let written = file
         .parent()
         .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| crate::fsx::atomic::write_atomic(&file, format!("{}\n", project.id).as_bytes(), 0o644, None));
+        .and_then(|()| crate::fsx::write_atomic(&file, format!("{}\n", project.id).as_bytes(), 0o644, None));
     written.map_err(|e| EngineError::io("write", &file, &e))
 }
 

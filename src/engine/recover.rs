@@ -148,7 +148,7 @@ impl Engine {
         }
         let live = self.live_branches(&project)?;
         for branch in &live {
-            if !git::branch_exists(&location.common_dir, &branch.name)
+            if !git::branch_exists(&location.common_dir, &branch.name)?
                 && git::head(&location.git_dir).ok() != Some(Head::Unborn(branch.name.clone()))
             {
                 found.notes.push(format!(
