@@ -173,7 +173,7 @@ impl Engine {
         self.launch(slot, live, branch).await?;
         let role_password = self.password(&project.id, Secret::Role)?;
         let admin = self.admin(live, branch).await?;
-        admin.set_up(&config.postgres.user, &role_password, &config.postgres.database).await?;
+        admin.set_up(&config.postgres.user, &role_password, &config.postgres.database, None).await?;
         admin.checkpoint_if_written().await?;
         self.0.registry.set_stage(&branch.id, Stage::Ready)?;
         self.0.registry.set_started(&branch.id)?;

@@ -77,7 +77,7 @@ impl Engine {
     }
 
     async fn check_pool(&self) -> Check {
-        let choice = match self.0.machine.storage.value.parse() {
+        let choice = match self.0.machine.storage.value.parse::<crate::storage::Choice>() {
             Ok(choice) => choice,
             Err(e) => return Check::problem("storage", e.to_string(), "set DBRANCH_STORAGE to auto, btrfs or copy"),
         };
@@ -127,7 +127,7 @@ impl Engine {
 
 fn check_hooks(location: &Location) -> Check {
     match git::status(location) {
-        Ok(status) if status.is_installed() => Check::ok("git hooks", "installed"),
+        Ok(status) if status.state == git::HookState::Active => Check::ok("git hooks", "installed"),
         Ok(_) => Check::warning(
             "git hooks",
             "not installed: only the watcher follows HEAD",

@@ -202,7 +202,7 @@ impl Engine {
 }
 
 /// The file that tells the git hook, without asking anybody, that a repository is a project.
-pub fn mark_file(common_dir: &Path) -> PathBuf {
+pub(super) fn mark_file(common_dir: &Path) -> PathBuf {
     common_dir.join("dbranch").join("project")
 }
 
