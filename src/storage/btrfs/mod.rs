@@ -102,7 +102,7 @@ impl Btrfs {
             // folder, or a subvolume that holds others, is no case for it either. Since Linux 4.18
             // rmdir(2) removes an empty subvolume, so emptying it first always works.
             Err(e) => {
-                tracing::debug!(volume = %path.display(), error = %e, "emptying the volume by hand")
+                tracing::debug!(volume = %path.display(), error = %e, "emptying the volume by hand");
             }
         }
         fs::remove_dir_all(&path).map_err(|source| match source.kind() {
