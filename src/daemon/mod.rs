@@ -7,6 +7,7 @@ mod answers;
 mod heads;
 mod ports;
 mod requests;
+mod tcp;
 
 use std::io::IsTerminal;
 use std::os::unix::fs::PermissionsExt;
@@ -82,10 +83,12 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
     info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"), "dbranch is up");
 
     let requests = Requests::new(engine.clone(), paths.clone(), heads.clone(), stop.clone());
+    let tcp = tcp::TcpApi::new(serve::router(requests.clone()), paths, stop.child_token())?;
+    tcp.listen_on(&engine.api_ports());
     let serving = tokio::spawn({
         let stop = stop.clone();
         async move {
-            axum::serve(listener, serve::router(requests)).with_graceful_shutdown(stop.cancelled_owned()).await
+            axum::serve(listener, serve::router(requests.with_tcp(tcp))).with_graceful_shutdown(stop.cancelled_owned()).await
         }
     });
     let engine_of_trash = engine.clone();

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::answers;
 use super::heads::Heads;
+use super::tcp::TcpApi;
 use crate::api::serve::{Handler, Tell};
 use crate::api::types::{
     Allowed, At, DaemonInfo, DaemonRef, Failure, FailureKind, HookOutcome, LogInfo, Message, ProjectDeleted,
@@ -24,6 +25,7 @@ pub(super) struct Requests {
     paths: Paths,
     heads: Heads,
     stop: CancellationToken,
+    tcp: Option<TcpApi>,
 }
 
 type Answer = Result<Value, EngineError>;
@@ -36,7 +38,12 @@ impl Handler for Requests {
 
 impl Requests {
     pub(super) fn new(engine: Engine, paths: Paths, heads: Heads, stop: CancellationToken) -> Self {
-        Self { engine, paths, heads, stop }
+        Self { engine, paths, heads, stop, tcp: None }
+    }
+
+    /// The api's ports follow what these requests change.
+    pub(super) fn with_tcp(self, tcp: TcpApi) -> Self {
+        Self { tcp: Some(tcp), ..self }
     }
 
     async fn answer(&self, request: Request, tell: Tell) -> Answer {
@@ -65,6 +72,7 @@ impl Requests {
                     to.notice(note);
                 }
                 self.heads.watch(&registered.project.common_dir);
+                self.renew_api_ports();
                 json(self.project_info(&registered.project, registered.new, registered.moved_from)?)
             }
             Request::Projects => {
@@ -124,6 +132,7 @@ impl Requests {
             Request::DeleteProject { at, now } => {
                 let (project, branches) = engine.delete_project(&place(at), now).await?;
                 self.heads.forget(&project.common_dir);
+                self.renew_api_ports();
                 json(ProjectDeleted { name: project.name, branches, destroyed: now })
             }
             Request::Stop { at, name, all } => self.stop_branches(&place(at), name, all).await,
@@ -135,6 +144,7 @@ impl Requests {
             }
             Request::Sync { at, dry_run } => {
                 let found = engine.sync(&place(at), dry_run, to).await?;
+                self.renew_api_ports();
                 json(Synced { actions: found.actions, notes: found.notes, dry_run })
             }
             Request::Url { at, name } => {
@@ -155,6 +165,12 @@ impl Requests {
                 let checks = engine.doctor(location.as_ref()).await?;
                 json(checks.into_iter().map(answers::finding).collect::<Vec<_>>())
             }
+        }
+    }
+
+    fn renew_api_ports(&self) {
+        if let Some(tcp) = &self.tcp {
+            tcp.listen_on(&self.engine.api_ports());
         }
     }
 

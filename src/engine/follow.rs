@@ -16,9 +16,21 @@ use crate::types::{BranchId, BranchName};
 #[derive(Debug)]
 pub(super) struct Endpoint {
     /// One switch at a time; hook and watcher may both report the same one.
-    turn: Mutex<()>,
+    turn: Mutex<Option<Unreported>>,
     active: watch::Sender<Option<BranchId>>,
 }
+
+/// What a hint led to, kept for the hook that comes right after it, so that the user
+/// is told even when the watcher was quicker.
+#[derive(Debug)]
+struct Unreported {
+    head: String,
+    outcome: Followed,
+    since: Instant,
+}
+
+/// A hook is later than the watcher by less than this.
+const REPORT_WITHIN: Duration = Duration::from_secs(30);
 
 /// What an endpoint is to be turned to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +56,12 @@ pub struct Followed {
     pub switched: Option<Switched>,
     pub renamed: Option<(BranchName, BranchName)>,
     pub notes: Vec<String>,
+}
+
+impl Followed {
+    fn did_nothing(&self) -> bool {
+        self.created.is_none() && self.renamed.is_none() && !self.switched.as_ref().is_some_and(|s| s.changed)
+    }
 }
 
 /// Whether HEAD is acted on when it is the same as last time.
@@ -102,7 +120,7 @@ impl Engine {
         let project = self.project_at(location)?;
         let key = EndpointKey::Worktree { project: project.id.clone(), git_dir: location.git_dir.clone() };
         let endpoint = self.endpoint(&key);
-        let _turn = endpoint.turn.lock().await;
+        let mut turn = endpoint.turn.lock().await;
 
         if let Some(operation) = git::operation(&location.git_dir) {
             debug!(?operation, "git is in the middle of something: nothing follows HEAD");
@@ -114,6 +132,7 @@ impl Engine {
         if urge == Urge::Hint && record.as_ref().is_some_and(|r| r.head.as_deref() == Some(&seen)) {
             return Ok(outcome);
         }
+        let unreported = turn.take().filter(|u| u.head == seen && u.since.elapsed() < REPORT_WITHIN);
         let name = match head {
             Head::Branch(name) | Head::Unborn(name) => name,
             Head::Detached(_) => {
@@ -143,11 +162,18 @@ impl Engine {
         outcome.renamed = renamed;
         if location.is_linked_worktree() {
             // Its own endpoint is the branch's port; HEAD is remembered so that the watcher is not told twice.
-            self.remember_head(&key, record, seen)?;
+            self.remember_head(&key, record, seen.clone())?;
         } else {
-            outcome.switched = Some(self.show(&key, &endpoint, &branch, Some(seen), begun)?);
+            outcome.switched = Some(self.show(&key, &endpoint, &branch, Some(seen.clone()), begun)?);
         }
         self.run_commands(&project, location, &branch, &outcome);
+        if urge == Urge::Hint {
+            *turn = Some(Unreported { head: seen, outcome: outcome.clone(), since: Instant::now() });
+        } else if let Some(unreported) = unreported
+            && outcome.did_nothing()
+        {
+            return Ok(unreported.outcome);
+        }
         Ok(outcome)
     }
 
@@ -196,12 +222,15 @@ impl Engine {
     pub async fn switch(&self, location: &Location, target: Target, to: Reporter) -> Result<Followed> {
         let begun = Instant::now();
         let project = self.project_at(location)?;
+        if location.is_linked_worktree() {
+            return Err(EngineError::refused("a linked worktree shows the branch that it has checked out")
+                .hint("connect to another one by its own port: dbranch url NAME"));
+        }
         let key = Self::main_endpoint(&project);
         let record = self.endpoint_record(&key)?;
         let branch = match target {
             Target::Head => {
-                let main = Location { git_dir: location.common_dir.clone(), ..location.clone() };
-                return self.follow(&main, Urge::Word, to).await;
+                return self.follow(location, Urge::Word, to).await;
             }
             Target::Branch(name) => self.must_find(&project, &name).await?,
             Target::Previous => {

@@ -86,6 +86,19 @@ impl Engine {
         Ok(projects)
     }
 
+    /// Ports on which the configs want the api to be served, beside the daemon's socket.
+    pub fn api_ports(&self) -> Vec<u16> {
+        let mut ports: Vec<_> = self
+            .projects()
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|project| Self::config(project).ok()?.api_port)
+            .collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+
     pub fn branch_count(&self, project: &ProjectRecord) -> Result<usize> {
         Ok(self.live_branches(project)?.len())
     }
