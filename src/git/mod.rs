@@ -4,6 +4,7 @@
 //! knows nothing of databases.
 
 mod head;
+mod hooks;
 mod origin;
 mod program;
 mod reflog;
@@ -18,6 +19,8 @@ use std::path::{Path, PathBuf};
 use crate::types::{BranchName, Invalid};
 
 pub use head::{head, operation};
+pub use hooks::{HookState, HookStatus, Installation, Installed, Uninstalled};
+pub use hooks::{install, status, uninstall};
 pub use origin::{origin, renamed_from};
 pub use repo::{branch_exists, branches, default_branch, worktrees};
 pub use resolve::nearest;
