@@ -13,6 +13,7 @@ mod repo;
 mod resolve;
 #[cfg(test)]
 mod testing;
+mod watch;
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ pub use hooks::{install, status, uninstall};
 pub use origin::{origin, renamed_from};
 pub use repo::{branch_exists, branches, default_branch, worktrees};
 pub use resolve::nearest;
+pub use watch::{Change, Method, Watch, WatchEvent};
 
 /// Where a path stands in git's world.
 #[derive(Debug, Clone, PartialEq, Eq)]
