@@ -1,3 +1,4 @@
 //! The one HTTP+JSON contract: types, server, client. Decides nothing.
 
+pub mod client;
 pub mod types;
