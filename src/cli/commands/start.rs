@@ -1,0 +1,95 @@
+use anyhow::anyhow;
+
+use crate::api::client::Client;
+use crate::api::types::{DaemonInfo, Request};
+use crate::cli::context::{self, Context};
+use crate::cli::report::{ExitStatus, Report};
+use crate::daemon;
+
+const EXAMPLES: &str = "\
+Examples:
+  dbranch start               in the foreground, with its log
+  dbranch start --detach      in the background";
+
+/// Start the daemon
+///
+/// Seldom needed: every command that needs it starts it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Start in the background and return when it answers
+    #[arg(long, short)]
+    detach: bool,
+    /// Be the daemon in the background
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    detached: bool,
+}
+
+impl Args {
+    /// Whether this process becomes the daemon.
+    pub(crate) fn is_daemon(&self) -> bool {
+        !self.detach
+    }
+}
+
+/// Starts the daemon in the background.
+pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
+    let (client, word) = match Client::connect(&cx.paths)? {
+        Some(client) => (client, "already runs"),
+        None => (context::start(&cx.paths, context::START_LIMIT)?, "started"),
+    };
+    let info = ping(client)?;
+    if cx.ui.json {
+        cx.ui.answer_json(&info)?;
+    } else {
+        cx.ui
+            .status(format_args!("the daemon {word} ({})", who(&info)));
+    }
+    Ok(ExitStatus::Done)
+}
+
+/// Is the daemon, until it is told to end.
+pub(crate) fn run_daemon(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
+    if args.detached {
+        leave_the_caller();
+    } else if let Some(client) = Client::connect(&cx.paths)? {
+        let info = ping(client)?;
+        return Err(Report::refused(anyhow!("the daemon already runs ({})", who(&info)))
+            .hint("stop it with `dbranch shutdown`, or read along with `dbranch logs --daemon --follow`"));
+    }
+    cx.paths.create()?;
+    daemon::run(cx.paths.clone(), !args.detached)?;
+    Ok(ExitStatus::Done)
+}
+
+fn ping(mut client: Client) -> Result<DaemonInfo, Report> {
+    Ok(client.call_as(&Request::Ping, drop)?)
+}
+
+fn who(info: &DaemonInfo) -> String {
+    format!(
+        "pid {}, version {}, log {}",
+        info.pid,
+        info.version,
+        info.log_file.display()
+    )
+}
+
+/// Leaves the terminal and drops what was inherited by accident: a file that a caller holds
+/// locked would stay locked as long as the daemon lives. Nothing of this process is open yet
+/// but its standard streams.
+fn leave_the_caller() {
+    // Fails for the leader of a group, which then has no terminal to lose.
+    let _ = nix::unistd::setsid();
+    let Ok(open) = std::fs::read_dir("/dev/fd") else {
+        return;
+    };
+    let open: Vec<i32> = open
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // The listing's own is closed already.
+        let _ = nix::unistd::close(fd);
+    }
+}
