@@ -30,8 +30,17 @@ pub(super) struct TcpApi {
 }
 
 impl TcpApi {
-    pub(super) fn new(routes: Router, paths: &Paths, stop: CancellationToken) -> anyhow::Result<Self> {
-        Ok(Self { routes, token: token(paths)?, open: Arc::default(), stop })
+    pub(super) fn new(
+        routes: Router,
+        paths: &Paths,
+        stop: CancellationToken,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            routes,
+            token: token(paths)?,
+            open: Arc::default(),
+            stop,
+        })
     }
 
     /// Listens on these ports and on no others.
@@ -54,17 +63,27 @@ impl TcpApi {
     }
 
     async fn serve(self, port: u16, stop: CancellationToken) {
-        let listener = match TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await {
+        let listener = match TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await
+        {
             Ok(listener) => listener,
             Err(e) => {
                 warn!(port, "api_port can't be listened on: {e}");
-                self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&port);
+                self.open
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .remove(&port);
                 return;
             }
         };
         info!(port, "the api listens");
-        let routes = self.routes.clone().layer(middleware::from_fn_with_state(self.token.clone(), admit));
-        if let Err(e) = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await {
+        let routes = self
+            .routes
+            .clone()
+            .layer(middleware::from_fn_with_state(self.token.clone(), admit));
+        if let Err(e) = axum::serve(listener, routes)
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await
+        {
             warn!(port, "api: {e}");
         }
     }
@@ -105,16 +124,27 @@ fn refusal(headers: &HeaderMap, token: &Password) -> Option<(StatusCode, &'stati
     };
     // A name that was pointed at loopback is not ours (DNS rebinding).
     if !text(header::HOST).is_some_and(is_here) {
-        return Some((StatusCode::FORBIDDEN, "the host must be 127.0.0.1 or localhost"));
+        return Some((
+            StatusCode::FORBIDDEN,
+            "the host must be 127.0.0.1 or localhost",
+        ));
     }
     if let Some(origin) = text(header::ORIGIN)
         && !origin.strip_prefix("http://").is_some_and(is_here)
     {
-        return Some((StatusCode::FORBIDDEN, "pages of other origins are not served"));
+        return Some((
+            StatusCode::FORBIDDEN,
+            "pages of other origins are not served",
+        ));
     }
-    let given = text(header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    let given = text(header::AUTHORIZATION)
+        .and_then(|value| value.strip_prefix("Bearer "))
+        .unwrap_or_default();
     if !same(given.as_bytes(), token.reveal().as_bytes()) {
-        return Some((StatusCode::UNAUTHORIZED, "send the token: Authorization: Bearer ..."));
+        return Some((
+            StatusCode::UNAUTHORIZED,
+            "send the token: Authorization: Bearer ...",
+        ));
     }
     None
 }
@@ -129,8 +159,10 @@ mod tests {
     use super::*;
 
     fn asked(pairs: &[(&'static str, &str)]) -> Option<StatusCode> {
-        let headers: HeaderMap =
-            pairs.iter().map(|(k, v)| (header::HeaderName::from_static(k), v.parse().unwrap())).collect();
+        let headers: HeaderMap = pairs
+            .iter()
+            .map(|(k, v)| (header::HeaderName::from_static(k), v.parse().unwrap()))
+            .collect();
         refusal(&headers, &Password::new("sesame")).map(|(status, _)| status)
     }
 
@@ -139,11 +171,27 @@ mod tests {
         let good = ("authorization", "Bearer sesame");
         let host = ("host", "127.0.0.1:15433");
         assert_eq!(asked(&[host, good]), None);
-        assert_eq!(asked(&[("host", "localhost"), good, ("origin", "http://localhost:15433")]), None);
+        assert_eq!(
+            asked(&[
+                ("host", "localhost"),
+                good,
+                ("origin", "http://localhost:15433")
+            ]),
+            None
+        );
         assert_eq!(asked(&[host]), Some(StatusCode::UNAUTHORIZED));
-        assert_eq!(asked(&[host, ("authorization", "Bearer sesam")]), Some(StatusCode::UNAUTHORIZED));
-        assert_eq!(asked(&[("host", "evil.example:15433"), good]), Some(StatusCode::FORBIDDEN));
-        assert_eq!(asked(&[host, good, ("origin", "https://evil.example")]), Some(StatusCode::FORBIDDEN));
+        assert_eq!(
+            asked(&[host, ("authorization", "Bearer sesam")]),
+            Some(StatusCode::UNAUTHORIZED)
+        );
+        assert_eq!(
+            asked(&[("host", "evil.example:15433"), good]),
+            Some(StatusCode::FORBIDDEN)
+        );
+        assert_eq!(
+            asked(&[host, good, ("origin", "https://evil.example")]),
+            Some(StatusCode::FORBIDDEN)
+        );
         assert_eq!(asked(&[good]), Some(StatusCode::FORBIDDEN));
     }
 }
