@@ -41,13 +41,9 @@ pub enum Ended {
     AlreadyRunning { pid: Option<u32> },
 }
 
-/// Runs the daemon until it is told to stop. `detached` frees it from the terminal.
-pub fn run(paths: &Paths, detached: bool) -> anyhow::Result<Ended> {
+/// Runs the daemon until it is told to stop.
+pub fn run(paths: &Paths) -> anyhow::Result<Ended> {
     paths.create()?;
-    if detached {
-        // Fails only where the process leads a group, and then has no need of it.
-        let _ = nix::unistd::setsid();
-    }
     log_to_stderr();
     let _lock = match LockFile::acquire(&paths.lock_file()) {
         Ok(lock) => lock,

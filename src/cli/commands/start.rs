@@ -4,7 +4,7 @@ use crate::api::client::Client;
 use crate::api::types::{DaemonInfo, Request};
 use crate::cli::context::{self, Context};
 use crate::cli::report::{ExitStatus, Report};
-use crate::daemon;
+use crate::daemon::{self, Ended};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -58,8 +58,16 @@ pub(crate) fn run_daemon(cx: &Context, args: &Args) -> Result<ExitStatus, Report
             .hint("stop it with `dbranch shutdown`, or read along with `dbranch logs --daemon --follow`"));
     }
     cx.paths.create()?;
-    daemon::run(cx.paths.clone(), !args.detached)?;
-    Ok(ExitStatus::Done)
+    match daemon::run(&cx.paths)? {
+        // Two were started at once; whoever asked reaches the other one.
+        Ended::AlreadyRunning { .. } if args.detached => Ok(ExitStatus::Done),
+        Ended::AlreadyRunning { pid } => {
+            let who = pid.map_or_else(String::new, |pid| format!(" (pid {pid})"));
+            Err(Report::refused(anyhow!("the daemon already runs{who}"))
+                .hint("stop it with `dbranch shutdown`"))
+        }
+        Ended::Stopped => Ok(ExitStatus::Done),
+    }
 }
 
 fn ping(mut client: Client) -> Result<DaemonInfo, Report> {
