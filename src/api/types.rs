@@ -69,7 +69,13 @@ pub enum Request {
         force: bool,
     },
     /// Answer: [`BranchInfo`].
-    Undelete { at: At, name: BranchName },
+    Undelete {
+        at: At,
+        name: BranchName,
+        /// Another name, where its own is in use again.
+        #[serde(default)]
+        rename_to: Option<BranchName>,
+    },
     /// Forgets a project and moves its branches to the trash, or destroys them. Answer: [`ProjectDeleted`].
     DeleteProject { at: At, now: bool },
     /// Stops instances; none named: the active branch's. Answer: array of [`BranchInfo`].

@@ -136,8 +136,8 @@ fn between<'a>(text: &'a str, before: &str) -> Option<&'a str> {
     text.strip_prefix(before)?.split('`').next()
 }
 
-/// The known key that is fewest edits away, if that is few.
-fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
+/// The known word that is fewest edits away, if that is few.
+pub fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
     let key = key.to_lowercase().replace('-', "_");
     known
         .iter()

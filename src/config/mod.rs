@@ -14,6 +14,7 @@ mod values;
 
 use std::path::PathBuf;
 
+pub use json::nearest as nearest_word;
 pub use machine::{Machine, Origin, Setting};
 pub use paths::Paths;
 pub use project::{Commands, DetachedHead, FILE_NAME, GitConfig, PostgresConfig, ProjectConfig};

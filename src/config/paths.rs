@@ -172,6 +172,11 @@ impl Paths {
         self.log.join(format!("{branch}.log"))
     }
 
+    /// Output of the config's commands for one branch.
+    pub fn commands_log(&self, branch: &BranchId) -> PathBuf {
+        self.log_dir().join(format!("{branch}.commands.log"))
+    }
+
     /// Passwords and tokens; mode 0700.
     pub fn secrets_dir(&self) -> PathBuf {
         self.state.join("secrets")

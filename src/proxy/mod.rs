@@ -3,6 +3,33 @@
 //! It speaks as much of PostgreSQL's frontend/backend protocol (manual, chapter
 //! "Frontend/Backend Protocol") as its job needs and forwards the rest. It knows
 //! branches only through its own [`Router`].
+//!
+//! ```text
+//!   listen ─ accepts, hands to a thread      holder ─ who has a port
+//!      └─> connection ─ one client: opening, route, session, farewell
+//!             ├─ handshake ─ to the startup packet ──┐
+//!             ├─ backend ─ to an instance            ├─ wire ─ bytes, no sockets
+//!             ├─ cancel ─ keys of our own ───────────┤
+//!             └─ relay ─ the hot path                │
+//!                  ├─ greeting ─ to the first ReadyForQuery
+//!                  ├─ session ─ where a session stands: idle or not
+//!                  └─ departure ─ when it has to leave
+//! ```
+//!
+//! It never imports the engine, never reads what passes beyond message headers, and
+//! never logs any of it.
+
+mod backend;
+mod cancel;
+mod connection;
+mod departure;
+mod greeting;
+mod handshake;
+mod holder;
+mod listen;
+mod relay;
+mod session;
+mod wire;
 
 use std::any::Any;
 use std::future::Future;
@@ -11,6 +38,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+pub use self::holder::{PortHolder, port_holder};
+pub use self::listen::{BindError, Listener, Proxy, ProxySettings};
 use crate::types::{BackendAddress, BranchId, BranchName};
 
 /// What a client asks for in its startup packet.
@@ -55,4 +84,10 @@ pub trait Router: Send + Sync + 'static {
         &'a self,
         startup: &'a Startup,
     ) -> Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send + 'a>>;
+
+    /// The name of a branch that the endpoint shows, for the message that ends a
+    /// session. Must not block; without it the message names no branch.
+    fn branch_name(&self, _branch: &BranchId) -> Option<BranchName> {
+        None
+    }
 }

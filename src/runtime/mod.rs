@@ -4,6 +4,13 @@
 //! a volume beyond the paths it is given, and keeps no record: whether an
 //! instance runs is always observed.
 
+mod choose;
+pub mod discover;
+mod docker;
+mod native;
+mod prepare;
+mod process;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -12,6 +19,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::types::{BackendAddress, BranchId, BranchName, Invalid, Owner, ProjectId};
+
+pub use choose::{Choice, DEFAULT_MAJOR, choose};
+pub use discover::{Installed, server_for};
+pub use docker::{Connect, Docker, PullProgress};
+pub use native::Native;
 
 /// Which runtime. The names are those of the settings and of `--json` output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -139,5 +151,179 @@ pub enum RuntimeError {
     Failed { action: String, detail: String },
 }
 
+impl RuntimeError {
+    fn failed(action: impl Into<String>, detail: impl fmt::Display) -> Self {
+        Self::Failed {
+            action: action.into(),
+            detail: detail.to_string(),
+        }
+    }
+
+    /// What to do next, where this error knows.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::NoServer { hint, .. } => Some(hint),
+            Self::Unavailable(_) | Self::Failed { .. } => None,
+        }
+    }
+}
+
 /// Time an instance gets to stop by itself before it is killed.
 pub const STOP_GRACE: Duration = Duration::from_secs(30);
+
+/// Runs instances, in one of two ways with one contract.
+///
+/// Cheap to clone. Every call is idempotent: one that already took effect
+/// succeeds. Dropping a call's future half-way leaves at most an instance that
+/// [`Runtime::find`] finds or cleans up.
+#[derive(Debug, Clone)]
+pub enum Runtime {
+    Docker(Docker),
+    Native(Native),
+}
+
+impl Runtime {
+    pub fn kind(&self) -> RuntimeKind {
+        match self {
+            Self::Docker(_) => RuntimeKind::Docker,
+            Self::Native(_) => RuntimeKind::Native,
+        }
+    }
+
+    /// Makes a database cluster: UTF-8, checksums, SCRAM for every connection.
+    /// It survives a power cut once this returns, as initdb syncs what it wrote.
+    pub async fn init_cluster(&self, spec: &InitSpec) -> Result<(), RuntimeError> {
+        match self {
+            Self::Docker(docker) => docker.init_cluster(spec).await,
+            Self::Native(native) => native.init_cluster(spec).await,
+        }
+    }
+
+    /// Launches the server and returns; it accepts connections some time later
+    /// (`postmaster.pid` tells). One that runs already is returned as it is. A
+    /// server that fails at once shows by [`Instance::exit`], and says why in
+    /// [`Runtime::log_tail`].
+    pub async fn start(&self, spec: &InstanceSpec) -> Result<Instance, RuntimeError> {
+        match self {
+            Self::Docker(docker) => docker.start(spec).await,
+            Self::Native(native) => native.start(spec).await,
+        }
+    }
+
+    /// Finds the instance when it runs, whoever started it, and watches it.
+    pub async fn find(&self, spec: &InstanceSpec) -> Result<Option<Instance>, RuntimeError> {
+        match self {
+            Self::Docker(docker) => docker.find(spec).await,
+            Self::Native(native) => native.find(spec).await,
+        }
+    }
+
+    /// Ends the instance and returns when nothing of it uses the data directory
+    /// any more; by force when it does not end within [`STOP_GRACE`].
+    pub async fn stop(
+        &self,
+        spec: &InstanceSpec,
+        instance: &Instance,
+        mode: StopMode,
+    ) -> Result<(), RuntimeError> {
+        match (self, &instance.handle) {
+            (Self::Docker(docker), Handle::Container { id }) => {
+                docker.stop(spec, id, &instance.exit, mode).await
+            }
+            (Self::Native(native), Handle::Process { pid }) => {
+                native.stop(spec, *pid, &instance.exit, mode).await
+            }
+            (runtime, handle) => Err(RuntimeError::failed(
+                format!("stop `{}`", spec.branch_name),
+                format!(
+                    "{handle:?} is no instance of the {} runtime",
+                    runtime.kind()
+                ),
+            )),
+        }
+    }
+
+    /// The last lines of the server's output, "" when there are none.
+    pub async fn log_tail(&self, spec: &InstanceSpec, lines: usize) -> String {
+        let log = spec.log_file.clone();
+        blocking(move || Ok(prepare::tail(&log, lines)))
+            .await
+            .unwrap_or_default()
+    }
+}
+
+/// Runs what blocks beside the tasks.
+async fn blocking<T, F>(work: F) -> Result<T, RuntimeError>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T, RuntimeError> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => Err(RuntimeError::failed("run a blocking step", e)),
+    }
+}
+
+/// Arguments of initdb, the paths as the server sees them.
+fn initdb_args(spec: &InitSpec, major: u32, data_dir: &str, password_file: &str) -> Vec<String> {
+    let mut args = vec![
+        format!("--pgdata={data_dir}"),
+        format!("--username={}", spec.superuser),
+        format!("--pwfile={password_file}"),
+        "--auth=scram-sha-256".into(),
+        "--encoding=UTF8".into(),
+        format!("--locale={}", spec.locale),
+        "--data-checksums".into(),
+    ];
+    if major >= 15 {
+        // The locale is one of the C library's, whatever the build's default is.
+        args.push("--locale-provider=libc".into());
+    }
+    args
+}
+
+/// Arguments of postgres, the paths as the server sees them. `listen` is "" or
+/// the addresses to accept TCP connections on.
+///
+/// Settings given here win over those of every file and of `ALTER SYSTEM`, so
+/// they are only what the runtime depends on.
+fn postgres_args(
+    spec: &InstanceSpec,
+    data_dir: &str,
+    socket_dir: &str,
+    listen: &str,
+) -> Vec<String> {
+    let settings = [
+        ("unix_socket_directories", quoted(socket_dir)),
+        ("listen_addresses", listen.to_owned()),
+        ("log_destination", "stderr".to_owned()),
+        ("logging_collector", "off".to_owned()),
+        ("cluster_name", title(spec.branch_name.as_str())),
+    ];
+    let mut args = vec![
+        "-D".into(),
+        data_dir.into(),
+        "-p".into(),
+        prepare::PORT.to_string(),
+    ];
+    for (name, value) in settings {
+        args.push("-c".into());
+        args.push(format!("{name}={value}"));
+    }
+    args
+}
+
+/// One folder in a setting that holds a list of folders (`SplitDirectoriesString`).
+fn quoted(dir: &str) -> String {
+    format!("\"{}\"", dir.replace('"', "\"\""))
+}
+
+/// The branch's name as process listings show it: the setting takes printable
+/// ASCII and less than 64 bytes (PostgreSQL manual, section 20.8).
+fn title(branch: &str) -> String {
+    branch
+        .chars()
+        .map(|c| if c.is_ascii_graphic() { c } else { '?' })
+        .take(63)
+        .collect()
+}

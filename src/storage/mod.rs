@@ -9,6 +9,17 @@ use std::str::FromStr;
 
 use crate::types::{Invalid, VolumeId};
 
+#[cfg(target_os = "linux")]
+mod btrfs;
+#[cfg(test)]
+mod contract;
+mod copy;
+mod detect;
+mod pool;
+mod usage;
+
+pub use detect::open;
+
 /// Reports work done: bytes so far, bytes in all. Called from several threads.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
@@ -50,6 +61,28 @@ impl FromStr for DriverKind {
     }
 }
 
+/// Which driver a user wants: `auto`, or one by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// The best one that the pool's file system really offers.
+    Auto,
+    /// This one or an error.
+    Driver(DriverKind),
+}
+
+impl FromStr for Choice {
+    type Err = Invalid;
+    fn from_str(s: &str) -> Result<Self, Invalid> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            name => name
+                .parse()
+                .map(Self::Driver)
+                .map_err(|Invalid(why)| Invalid(format!("{why}, or auto to choose"))),
+        }
+    }
+}
+
 /// What a clone of a volume in use is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Consistency {
@@ -71,6 +104,35 @@ pub enum CloneMethod {
     SharedCopy {
         bytes: u64,
     },
+}
+
+impl fmt::Display for CloneMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BtrfsSnapshot => f.write_str("btrfs snapshot"),
+            Self::FullCopy { bytes } => write!(f, "copy of {}", Bytes(*bytes)),
+            Self::SharedCopy { bytes } => write!(f, "copy of {} (blocks shared)", Bytes(*bytes)),
+        }
+    }
+}
+
+/// A size for messages: `812 B`, `1.2 GiB`.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+        if self.0 < 1024 {
+            return write!(f, "{} B", self.0);
+        }
+        // Tenths, in integers: the last digit is cut, not rounded.
+        let (mut tenths, mut unit) = (u128::from(self.0) * 10 / 1024, 0);
+        while tenths >= 10_240 && unit + 1 < UNITS.len() {
+            tenths /= 1024;
+            unit += 1;
+        }
+        write!(f, "{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+    }
 }
 
 /// What a clone leaves out. Paths are relative to the volume. Drivers whose
@@ -107,7 +169,7 @@ pub enum StorageError {
         path: PathBuf,
         reason: String,
     },
-    #[error("not enough room in {}: {needed_bytes} bytes needed, {free_bytes} free", path.display())]
+    #[error("not enough room in {}: {} needed, {} free", path.display(), Bytes(*needed_bytes), Bytes(*free_bytes))]
     NoRoom {
         path: PathBuf,
         needed_bytes: u64,
@@ -131,15 +193,53 @@ pub enum StorageError {
     },
 }
 
+impl StorageError {
+    /// What to do next, where that is known.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Unsupported { .. } => Some(
+                "set the storage driver to `auto`, or move the pool to a btrfs file system".into(),
+            ),
+            Self::NoRoom { path, .. } => Some(format!(
+                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
+                path.display()
+            )),
+            Self::Denied { hint, .. } => Some(hint.clone()),
+            Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
+        }
+    }
+
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
 /// Makes, clones and destroys the volumes of one pool.
 ///
 /// Calls block, so async callers run them under `spawn_blocking`. A call that
-/// fails leaves nothing half made. `destroy` of a volume that is gone succeeds.
-/// A volume and all in it belong to the pool's owner (see [`open`]).
+/// fails leaves nothing half made; what a killed process left half made never
+/// bears a volume's name and goes with the next `sweep`. `destroy` of a volume
+/// that is gone succeeds. A volume and all in it belong to the pool's owner (see
+/// [`open`]). What a call has reported done survives a power loss, except that an
+/// atomic clone's files are as durable as its source's were.
 pub trait StorageDriver: fmt::Debug + Send + Sync {
     fn kind(&self) -> DriverKind;
     fn pool(&self) -> &Path;
     fn consistency(&self) -> Consistency;
+
+    /// Whether a clone shares its source's blocks until one of the two changes,
+    /// so that making one costs no room to speak of.
+    fn shares_blocks(&self) -> bool;
+
+    /// A notice for users when a better choice of pool exists: what clones cost here,
+    /// why, and what would be better.
+    fn advice(&self) -> Option<String> {
+        None
+    }
 
     /// The folder of a volume, whether it exists or not.
     fn volume_path(&self, id: &VolumeId) -> PathBuf {
@@ -160,18 +260,55 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
         progress: Progress<'_>,
     ) -> Result<CloneMethod, StorageError>;
 
-    /// Copies one folder (relative to the volume) again from `from` into the
-    /// existing `to`: the write-ahead log, once backup mode has ended. Drivers whose
-    /// clone is atomic have nothing to do.
-    fn catch_up(&self, from: &VolumeId, to: &VolumeId, folder: &Path) -> Result<(), StorageError>;
+    /// Copies one folder or file (relative to the volume) again from `from` into
+    /// the existing `to`: the control file last of all, and the write-ahead log once
+    /// backup mode has ended. A file must exist and is replaced; a small one is read
+    /// until two readings agree, so that it isn't torn by a writer. From a folder all
+    /// files are taken except those that vanish meanwhile. Drivers whose clone is
+    /// atomic have nothing to do.
+    fn catch_up(&self, from: &VolumeId, to: &VolumeId, path: &Path) -> Result<(), StorageError>;
 
     /// Destroys a volume with all in it.
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError>;
 
-    /// The volumes that lie in the pool, finished or not.
+    /// The volumes that lie in the pool.
     fn list(&self) -> Result<Vec<VolumeId>, StorageError>;
+
+    /// Removes what interrupted calls left half made or half destroyed, and says
+    /// how many that were. Only while no other call is under way in this pool.
+    fn sweep(&self) -> Result<usize, StorageError>;
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError>;
 
     fn space(&self) -> Result<Space, StorageError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_read_as_messages() {
+        let text = |method: CloneMethod| method.to_string();
+        assert_eq!(text(CloneMethod::BtrfsSnapshot), "btrfs snapshot");
+        assert_eq!(text(CloneMethod::FullCopy { bytes: 812 }), "copy of 812 B");
+        assert_eq!(
+            text(CloneMethod::SharedCopy {
+                bytes: 1_288_490_189
+            }),
+            "copy of 1.2 GiB (blocks shared)"
+        );
+        assert_eq!(Bytes(u64::MAX).to_string(), "16383.9 PiB");
+    }
+
+    #[test]
+    fn a_choice_is_auto_or_a_driver() {
+        assert_eq!("auto".parse(), Ok(Choice::Auto));
+        assert_eq!("copy".parse(), Ok(Choice::Driver(DriverKind::Copy)));
+        let Invalid(why) = "zfs".parse::<Choice>().unwrap_err();
+        assert!(
+            why.contains("zfs") && why.contains("btrfs") && why.contains("auto"),
+            "{why}"
+        );
+    }
 }

@@ -1,0 +1,151 @@
+//! What the engine knows, in the api's shapes.
+
+use std::time::SystemTime;
+
+use crate::api::types::{
+    Backend, BranchDetails, BranchInfo, BranchState, BranchUsage, Created, Deleted, Finding, Level, PoolUsage,
+    Switched, UrlInfo, UsageInfo,
+};
+use crate::engine::{self, BranchView, Credentials, DeletedBranch, Engine, EngineError, InstanceState, PoolView, UsageView};
+use crate::git::Location;
+use crate::registry::{BranchRecord, Stage};
+use crate::types::BackendAddress;
+
+fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+/// A branch is `creating` until its instance was ready for the first time.
+pub(super) fn state(state: &InstanceState, record: &BranchRecord) -> BranchState {
+    match state {
+        _ if record.stage == Stage::Creating => BranchState::Creating,
+        InstanceState::Running(_) => BranchState::Running,
+        InstanceState::Failed { .. } => BranchState::Failed,
+        InstanceState::Starting if !record.started_once => BranchState::Creating,
+        InstanceState::Starting | InstanceState::Stopped => BranchState::Stopped,
+    }
+}
+
+pub(super) fn branch(view: &BranchView) -> BranchInfo {
+    let record = &view.record;
+    BranchInfo {
+        id: record.id.clone(),
+        name: record.name.clone(),
+        parent: view.parent.clone(),
+        state: state(&view.state, record),
+        active: view.active,
+        port: record.port,
+        created_at: timestamp(record.created_at),
+        trashed_at: record.trashed_at.map(timestamp),
+        expires_at: Engine::expiry(record).map(timestamp),
+    }
+}
+
+pub(super) async fn details(
+    engine: &Engine,
+    at: &Location,
+    record: &BranchRecord,
+) -> Result<BranchDetails, EngineError> {
+    let project = engine.project(at)?;
+    let view = engine.view_of(at, record)?;
+    let (credentials, _) = engine.connect_info(at, Some(&record.name)).await?;
+    let usage = engine.usage_of(record).await.ok();
+    let server = project.server.as_ref().ok_or_else(|| EngineError::refused("the project has no server"))?;
+    Ok(BranchDetails {
+        info: branch(&view),
+        storage: record.driver.clone(),
+        runtime: server.runtime.clone(),
+        url: credentials.url(),
+        volume: engine.volume(record).await?,
+        backend: match engine.backend(record) {
+            BackendAddress::Unix { dir, port } => Backend::Unix { unix: dir, port },
+            BackendAddress::Tcp { host, port } => Backend::Tcp { tcp: host, port },
+        },
+        postgres_version: server.major,
+        log_file: engine.log_file(record),
+        children: engine.children(record)?,
+        sessions: view.sessions,
+        failure: match view.state {
+            InstanceState::Failed { reason, .. } => Some(reason),
+            _ => None,
+        },
+        logical_bytes: usage.map(|u| u.logical_bytes),
+        exclusive_bytes: usage.map(|u| u.exclusive_bytes),
+    })
+}
+
+pub(super) fn created(engine: &Engine, at: &Location, made: &engine::Created) -> Result<Created, EngineError> {
+    Ok(Created {
+        branch: branch(&engine.view_of(at, &made.branch)?),
+        method: made.method.clone(),
+        storage: made.branch.driver.clone(),
+        runtime: made.server.runtime.clone(),
+        postgres_version: made.server.major,
+        duration_ms: made.took.as_secs_f64() * 1000.0,
+    })
+}
+
+pub(super) fn switched(switched: &engine::Switched) -> Switched {
+    Switched {
+        branch: switched.branch.name.clone(),
+        previous: switched.previous.clone(),
+        changed: switched.changed,
+        duration_ms: switched.took.as_secs_f64() * 1000.0,
+    }
+}
+
+pub(super) fn deleted(deleted: DeletedBranch) -> Deleted {
+    Deleted {
+        name: deleted.name,
+        destroyed: deleted.destroyed,
+        expires_at: deleted.expires_at.map(timestamp),
+    }
+}
+
+pub(super) fn usage((branches, pool): (Vec<UsageView>, Option<PoolView>)) -> Result<UsageInfo, EngineError> {
+    let pool = pool.ok_or_else(|| {
+        EngineError::refused("this project has no database branch yet").hint("dbranch init-postgres")
+    })?;
+    Ok(UsageInfo {
+        branches: branches
+            .into_iter()
+            .map(|b| BranchUsage {
+                name: b.name,
+                logical_bytes: b.usage.logical_bytes,
+                exclusive_bytes: b.usage.exclusive_bytes,
+                trashed: b.trashed,
+            })
+            .collect(),
+        pool: PoolUsage {
+            driver: pool.driver,
+            path: pool.path,
+            total_bytes: pool.total_bytes,
+            free_bytes: pool.free_bytes,
+        },
+    })
+}
+
+pub(super) fn url(credentials: &Credentials, branch: Option<BranchRecord>) -> UrlInfo {
+    UrlInfo {
+        url: credentials.url(),
+        host: credentials.host.clone(),
+        port: credentials.port,
+        user: credentials.user.clone(),
+        password: credentials.password.reveal().to_owned(),
+        database: credentials.database.clone(),
+        branch: branch.map(|b| b.name),
+    }
+}
+
+pub(super) fn finding(check: engine::Check) -> Finding {
+    Finding {
+        what: check.what,
+        level: match check.level {
+            engine::Level::Ok => Level::Ok,
+            engine::Level::Warning => Level::Warning,
+            engine::Level::Problem => Level::Problem,
+        },
+        detail: check.detail,
+        fix: check.fix,
+    }
+}

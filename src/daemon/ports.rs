@@ -1,0 +1,145 @@
+//! Endpoints of the engine as listeners of the proxy.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::engine::{EndpointKey, Engine, EngineError, Ports};
+use crate::proxy::{Listener, Proxy, ProxySettings, Route, RouteError, Router, Startup};
+use crate::types::{BranchId, BranchName};
+
+/// SQLSTATE for a branch that can't serve now: `cannot_connect_now`.
+const CANNOT_CONNECT_NOW: &str = "57P03";
+/// SQLSTATE where there is no branch to serve: `invalid_catalog_name`.
+const NO_BRANCH: &str = "3D000";
+
+/// The proxy's listeners, one an endpoint.
+#[derive(Debug)]
+pub(super) struct ProxyPorts {
+    proxy: Proxy,
+    engine: OnceLock<Engine>,
+    open: Mutex<HashMap<EndpointKey, Open>>,
+    stop: CancellationToken,
+    sessions: TaskTracker,
+}
+
+#[derive(Debug)]
+struct Open {
+    port: u16,
+    stop: CancellationToken,
+}
+
+impl ProxyPorts {
+    pub(super) fn new(stop: CancellationToken) -> std::io::Result<Self> {
+        Ok(Self {
+            proxy: Proxy::start(&ProxySettings::default())?,
+            engine: OnceLock::new(),
+            open: Mutex::default(),
+            stop,
+            sessions: TaskTracker::new(),
+        })
+    }
+
+    /// Names the engine that routes are asked of. Before it, no port can be opened.
+    pub(super) fn serve_for(&self, engine: &Engine) {
+        let _ = self.engine.set(engine.clone());
+    }
+
+    /// Waits until the last session has ended.
+    pub(super) async fn drain(&self) {
+        self.sessions.close();
+        self.sessions.wait().await;
+    }
+
+    fn listen(&self, key: EndpointKey, port: u16) -> Result<(), String> {
+        let engine = self.engine.get().ok_or("the daemon is not up yet")?.clone();
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.get(&key).is_some_and(|o| o.port == port) {
+            return Ok(());
+        }
+        let listener =
+            Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).map_err(|e| e.to_string())?;
+        let stop = self.stop.child_token();
+        let router = Arc::new(EndpointRouter { engine, key: key.clone() });
+        tokio::spawn(self.proxy.serve(listener, router, stop.clone(), self.sessions.clone()));
+        if let Some(before) = open.insert(key, Open { port, stop }) {
+            before.stop.cancel();
+        }
+        Ok(())
+    }
+}
+
+impl Ports for ProxyPorts {
+    fn open(
+        &self,
+        endpoint: EndpointKey,
+        port: u16,
+    ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + '_>> {
+        Box::pin(async move { self.listen(endpoint, port) })
+    }
+
+    fn close(&self, endpoint: &EndpointKey) {
+        if let Some(open) = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(endpoint) {
+            open.stop.cancel();
+        }
+    }
+}
+
+struct EndpointRouter {
+    engine: Engine,
+    key: EndpointKey,
+}
+
+impl EndpointRouter {
+    async fn find(&self) -> Result<Route, RouteError> {
+        let active = self.engine.active(&self.key);
+        let branch = active.borrow().clone().ok_or_else(nothing_shown)?;
+        let lease = self.engine.lease(&branch);
+        let served = self.engine.serve(&branch).await.map_err(|e| refusal(&e))?;
+        Ok(Route {
+            branch,
+            branch_name: served.name,
+            backend: served.address,
+            active,
+            grace: served.grace,
+            lease: Box::new(lease),
+        })
+    }
+}
+
+impl Router for EndpointRouter {
+    fn route<'a>(
+        &'a self,
+        _startup: &'a Startup,
+    ) -> Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send + 'a>> {
+        Box::pin(self.find())
+    }
+
+    fn branch_name(&self, branch: &BranchId) -> Option<BranchName> {
+        self.engine.name_of(branch)
+    }
+}
+
+fn nothing_shown() -> RouteError {
+    RouteError {
+        sqlstate: NO_BRANCH,
+        message: "no database branch is active here".into(),
+        detail: Some("The project has none yet, or the active one was deleted.".into()),
+        hint: Some("Run \"dbranch status\"; then \"dbranch init-postgres\", \"git switch\" or \"dbranch use\".".into()),
+    }
+}
+
+/// Engine errors are written for users, so they may be shown to a client.
+fn refusal(e: &EngineError) -> RouteError {
+    RouteError {
+        sqlstate: CANNOT_CONNECT_NOW,
+        message: e.message.clone(),
+        detail: None,
+        hint: e.hint.as_ref().map(|hint| format!("Run \"{hint}\".")),
+    }
+}

@@ -1,0 +1,398 @@
+//! Making branches: the first one by initdb, every other one as a clone of its parent.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use tracing::{info, warn};
+
+use super::instances::{Live, Slot};
+use super::{ADMIN, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point, data_dir};
+use crate::git::Location;
+use crate::postgres::{self, CONTROL_FILE};
+use crate::registry::{BranchRecord, ProjectRecord, ServerRecord, Stage};
+use crate::runtime::{InitSpec, RuntimeKind, Server, StopMode, choose};
+use crate::storage::{Choice, CloneMethod, Consistency, Omit, StorageDriver};
+use crate::types::{BranchId, BranchName, VolumeId};
+
+/// A branch that was made.
+#[derive(Debug, Clone)]
+pub struct Created {
+    pub branch: BranchRecord,
+    pub parent: Option<BranchName>,
+    /// For users: "btrfs snapshot".
+    pub method: String,
+    pub server: ServerRecord,
+    /// Until the branch was there, without its first start.
+    pub took: Duration,
+}
+
+/// How the first branch is to be made. What is `None` comes from the machine's settings.
+#[derive(Debug, Clone, Default)]
+pub struct InitRequest {
+    pub name: Option<BranchName>,
+    pub storage: Option<String>,
+    pub runtime: Option<String>,
+    pub pool: Option<PathBuf>,
+}
+
+impl Engine {
+    /// Makes a project's first branch with a new, empty database.
+    pub async fn init_postgres(&self, location: &Location, request: InitRequest, to: Reporter) -> Result<Created> {
+        let (engine, location) = (self.clone(), location.clone());
+        self.detached(async move { engine.init_in_task(&location, request, &to).await }).await
+    }
+
+    async fn init_in_task(&self, location: &Location, request: InitRequest, to: &Reporter) -> Result<Created> {
+        let begun = Instant::now();
+        let mut project = self.project_at(location)?;
+        let config = Self::config(&project)?;
+        let live: Vec<_> =
+            self.0.registry.branches(&project.id)?.into_iter().filter(|b| b.trashed_at.is_none()).collect();
+        if let Some(first) = live.first() {
+            let (what, hint) = match first.stage {
+                Stage::Creating => ("is being made", "dbranch list".into()),
+                _ => ("exists already", "dbranch list, or git checkout -b NAME for another branch".to_owned()),
+            };
+            return Err(EngineError::refused(format!("this project's first branch `{}` {what}", first.name))
+                .hint(hint));
+        }
+        let name = match request.name {
+            Some(name) => name,
+            None => Self::first_name(location)?,
+        };
+
+        let machine = &self.0.machine;
+        let choice: Choice = request.storage.as_deref().unwrap_or(&machine.storage.value).parse().map_err(
+            |e: crate::types::Invalid| EngineError::config(e.to_string()).hint("set DBRANCH_STORAGE to auto, btrfs or copy"),
+        )?;
+        let kind = match request.runtime.as_deref().unwrap_or(&machine.runtime.value) {
+            "auto" => None,
+            name => Some(name.parse::<RuntimeKind>().map_err(|e| {
+                EngineError::config(e.to_string()).hint("set DBRANCH_RUNTIME to auto, docker or native")
+            })?),
+        };
+        let pool = request.pool.unwrap_or_else(|| self.pool());
+        let driver = self.open_pool(choice, &pool).await?;
+        let chosen = choose(
+            kind,
+            config.postgres.version,
+            config.postgres.image.as_deref(),
+            &mut |pull| to.progress(&pull.status, pull.done_bytes, pull.total_bytes),
+        )
+        .await?;
+        if let Some(why) = &chosen.notice {
+            to.notice(format!("native postgres is used: {why}"));
+        }
+        if let Some(advice) = driver.advice() {
+            to.notice(advice);
+        }
+        let server = ServerRecord {
+            runtime: chosen.runtime.kind().to_string(),
+            programs: match &chosen.server {
+                Server::Native { bin_dir } => bin_dir.display().to_string(),
+                Server::Docker { image } => image.clone(),
+            },
+            major: chosen.major,
+        };
+        project.server = Some(server.clone());
+        self.0.registry.put_project(&project)?;
+
+        let id = BranchId::random();
+        let slot = self.slot(&id);
+        let mut live = slot.turn().await;
+        let branch = self.0.registry.add_branch(
+            &BranchRecord {
+                id: id.clone(),
+                project: project.id.clone(),
+                name: name.clone(),
+                parent: None,
+                stage: Stage::Creating,
+                volume: VolumeId::random(),
+                driver: driver.kind().to_string(),
+                pool: pool.clone(),
+                port: 0,
+                started_once: false,
+                created_at: SystemTime::now(),
+                trashed_at: None,
+            },
+            (config.port_min, config.port_max),
+            port_is_free,
+        )?;
+        crash_point("init:intent");
+        if let Err(e) = self.make_root(&slot, &mut live, &project, &branch, &chosen.server).await {
+            self.undo(&slot, &mut live, &branch).await;
+            return Err(e);
+        }
+        drop(live);
+        self.publish(&branch).await;
+        self.show_where_head_is(location, &branch).await?;
+        info!(branch = %name, storage = %branch.driver, runtime = %server.runtime, "made the first branch");
+        Ok(Created { branch, parent: None, method: "initdb".into(), server, took: begun.elapsed() })
+    }
+
+    async fn make_root(
+        &self,
+        slot: &Slot,
+        live: &mut Live,
+        project: &ProjectRecord,
+        branch: &BranchRecord,
+        server: &Server,
+    ) -> Result<()> {
+        let config = Self::config(project)?;
+        let driver = self.driver(branch).await?;
+        let (runtime, _, _) = self.runtime(project).await?;
+        let (volume_id, owner) = (branch.volume.clone(), self.give_to());
+        let maker = driver.clone();
+        let data_dir = blocking(move || {
+            let dir = data_dir(&maker.create_volume(&volume_id)?);
+            crate::fsx::make_folder(&dir, 0o700, owner).map_err(|e| EngineError::io("make", &dir, &e))?;
+            Ok(dir)
+        })
+        .await?;
+
+        // initdb reads the password as the owner of the data, who can't read our secrets.
+        let admin_password = self.password(&project.id, Secret::Admin)?;
+        let password_file = driver.volume_path(&branch.volume).join("password");
+        crate::fsx::write_atomic(&password_file, admin_password.reveal().as_bytes(), 0o600, self.give_to())
+        .map_err(|e| EngineError::io("write", &password_file, &e))?;
+        let made = runtime
+            .init_cluster(&InitSpec {
+                server: server.clone(),
+                data_dir,
+                owner: self.0.owner,
+                superuser: ADMIN.into(),
+                password_file: password_file.clone(),
+                locale: config.postgres.locale.clone(),
+            })
+            .await;
+        std::fs::remove_file(&password_file).map_err(|e| EngineError::io("remove", &password_file, &e))?;
+        made?;
+        crash_point("init:cluster");
+
+        self.launch(slot, live, branch).await?;
+        let role_password = self.password(&project.id, Secret::Role)?;
+        let admin = self.admin(live, branch).await?;
+        admin.set_up(&config.postgres.user, &role_password, &config.postgres.database, None).await?;
+        admin.checkpoint_if_written().await?;
+        self.0.registry.set_stage(&branch.id, Stage::Ready)?;
+        self.0.registry.set_started(&branch.id)?;
+        Ok(())
+    }
+
+    /// Makes a branch as a clone of `parent`. The instance is started in the background.
+    pub async fn create(
+        &self,
+        project: &ProjectRecord,
+        name: BranchName,
+        parent: &BranchRecord,
+        to: Reporter,
+    ) -> Result<Created> {
+        let (engine, project, parent) = (self.clone(), project.clone(), parent.clone());
+        self.detached(async move { engine.create_in_task(&project, name, &parent, &to).await }).await
+    }
+
+    /// Makes a branch without switching to it, from the parent named or the one that is shown.
+    pub async fn create_by_word(
+        &self,
+        location: &Location,
+        name: BranchName,
+        from: Option<&BranchName>,
+        to: Reporter,
+    ) -> Result<Created> {
+        let project = self.project_at(location)?;
+        let parent = match from {
+            Some(from) => self.must_find(&project, from).await?,
+            None => match self.shown_at(&project, location)? {
+                Some(shown) => shown,
+                None => self.find_parent(&project, location, &name)?.ok_or_else(EngineError::no_root)?,
+            },
+        };
+        let created = self.create(&project, name, &parent, to).await?;
+        let outcome = super::Followed { created: Some(created.clone()), ..super::Followed::default() };
+        self.run_commands(&project, location, &created.branch, &outcome);
+        Ok(created)
+    }
+
+    pub(super) async fn create_in_task(
+        &self,
+        project: &ProjectRecord,
+        name: BranchName,
+        parent: &BranchRecord,
+        to: &Reporter,
+    ) -> Result<Created> {
+        let begun = Instant::now();
+        let config = Self::config(project)?;
+        let server = project.server.clone().ok_or_else(EngineError::no_root)?;
+        let id = BranchId::random();
+        let slot = self.slot(&id);
+        let mut live = slot.turn().await;
+        let added = self.0.registry.add_branch(
+            &BranchRecord {
+                id: id.clone(),
+                project: project.id.clone(),
+                name: name.clone(),
+                parent: Some(parent.id.clone()),
+                stage: Stage::Creating,
+                volume: VolumeId::random(),
+                driver: parent.driver.clone(),
+                pool: parent.pool.clone(),
+                port: 0,
+                started_once: false,
+                created_at: SystemTime::now(),
+                trashed_at: None,
+            },
+            (config.port_min, config.port_max),
+            port_is_free,
+        );
+        let branch = match added {
+            Ok(branch) => branch,
+            Err(e) => {
+                self.drop_slot(&id);
+                return Err(e.into());
+            }
+        };
+        crash_point("create:intent");
+        let cloned = match self.clone_data(parent, &branch, to).await {
+            Ok(method) => method,
+            Err(e) => {
+                self.undo(&slot, &mut live, &branch).await;
+                return Err(e);
+            }
+        };
+        crash_point("create:cloned");
+        if let Err(e) = self.0.registry.set_stage(&id, Stage::Ready) {
+            self.undo(&slot, &mut live, &branch).await;
+            return Err(e.into());
+        }
+        crash_point("create:recorded");
+        drop(live);
+        let took = begun.elapsed();
+        let method = cloned.to_string();
+        if let CloneMethod::FullCopy { .. } = cloned
+            && let Some(advice) = self.driver(&branch).await?.advice()
+        {
+            to.notice(advice);
+        }
+        info!(branch = %name, parent = %parent.name, method, ms = took.as_millis(), "made a branch");
+        self.wake_in_background(&id);
+        self.publish(&branch).await;
+        let branch = BranchRecord { stage: Stage::Ready, ..branch };
+        Ok(Created { branch, parent: Some(parent.name.clone()), method, server, took })
+    }
+
+    /// Clones the parent's data while the parent's slot keeps everyone else from stopping or starting it.
+    async fn clone_data(&self, parent: &BranchRecord, child: &BranchRecord, to: &Reporter) -> Result<CloneMethod> {
+        let slot = self.slot(&parent.id);
+        let mut live = slot.turn().await;
+        let parent = self
+            .0
+            .registry
+            .branch(&parent.id)?
+            .filter(|p| p.stage == Stage::Ready)
+            .ok_or_else(|| EngineError::refused(format!("branch `{}` is gone", parent.name)))?;
+        self.refuse_what_cannot_be_cloned(&parent).await?;
+        let driver = self.driver(&parent).await?;
+        let (from, into) = (parent.volume.clone(), child.volume.clone());
+        let what = format!("copying {}", parent.name);
+        let reporter = to.clone();
+        let cloner = driver.clone();
+        let clone = move |omit: Omit| {
+            blocking(move || {
+                Ok(cloner.clone_volume(&from, &into, omit, &|done, total| reporter.progress(&what, done, total))?)
+            })
+        };
+        let method = match (live.is_running(), driver.consistency()) {
+            (true, Consistency::Atomic) => {
+                // Without it the clone is right too, only slower to start.
+                let checkpoint = async { Ok::<_, EngineError>(self.admin(&mut live, &parent).await?.checkpoint_if_written().await?) };
+                if let Err(e) = checkpoint.await {
+                    warn!(branch = %parent.name, "checkpoint before a clone: {e}");
+                }
+                clone(Omit::NOTHING).await?
+            }
+            (true, Consistency::NeedsBackup) => {
+                self.admin(&mut live, &parent).await?;
+                let mut backup = live.take_admin()?.start_backup().await?;
+                let method = clone(Omit(postgres::omit)).await?;
+                self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()]).await?;
+                let label = backup.stop().await?;
+                self.catch_up(&driver, &parent, child, label.wal_files().collect()).await?;
+                let (data_dir, owner) = (data_dir(&driver.volume_path(&child.volume)), self.give_to());
+                blocking(move || Ok(postgres::write_backup_label(&data_dir, &label, owner)?)).await?;
+                live.give_admin(backup.end().await?);
+                method
+            }
+            (false, _) => clone(Omit::NOTHING).await?,
+        };
+        let volume = driver.volume_path(&child.volume);
+        blocking(move || Ok(postgres::shed(&data_dir(&volume))?)).await?;
+        Ok(method)
+    }
+
+    async fn catch_up(
+        &self,
+        driver: &Arc<dyn StorageDriver>,
+        parent: &BranchRecord,
+        child: &BranchRecord,
+        files: Vec<PathBuf>,
+    ) -> Result<()> {
+        let (driver, from, into) = (driver.clone(), parent.volume.clone(), child.volume.clone());
+        blocking(move || {
+            for file in files {
+                driver.catch_up(&from, &into, &file)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Takes back a branch that could not be finished. Runs to its end whatever fails.
+    pub(super) async fn undo(&self, slot: &Slot, live: &mut Live, branch: &BranchRecord) {
+        if let Err(e) = self.stop_in_turn(slot, live, StopMode::Immediate).await {
+            warn!(branch = %branch.name, "undo: stop: {e}");
+        }
+        if let Err(e) = self.erase(branch).await {
+            // The record stays, so the next start of the daemon tries again.
+            warn!(branch = %branch.name, "undo: {e}");
+            return;
+        }
+        self.drop_slot(&branch.id);
+    }
+
+    /// Opens the branch's own port. Without it the branch still works through the project's port.
+    pub(super) async fn publish(&self, branch: &BranchRecord) {
+        let key = super::EndpointKey::Pinned(branch.id.clone());
+        if let Err(e) = self.0.ports.open(key, branch.port).await {
+            warn!(branch = %branch.name, port = branch.port, "its own port can't be used: {e}");
+        }
+    }
+
+    fn first_name(location: &Location) -> Result<BranchName> {
+        use crate::git::Head;
+        match crate::git::head(&location.git_dir)? {
+            Head::Branch(name) | Head::Unborn(name) => Ok(name),
+            Head::Detached(_) => crate::git::default_branch(&location.common_dir)?.ok_or_else(|| {
+                EngineError::refused("HEAD is detached, so there is no branch to name the database after")
+                    .hint("git switch main, then dbranch init-postgres")
+            }),
+        }
+    }
+}
+
+/// Bytes for people: "1.2 GiB".
+pub(crate) fn human_bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
+fn port_is_free(port: u16) -> bool {
+    std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
+}

@@ -1,0 +1,118 @@
+//! Why the engine did not do a thing.
+
+use std::path::Path;
+
+use crate::config::ConfigError;
+use crate::git::GitError;
+use crate::postgres::{AdminError, BadSetting, ClusterError};
+use crate::registry::RegistryError;
+use crate::runtime::RuntimeError;
+use crate::storage::StorageError;
+
+/// What kind of failure: it decides the exit status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The state forbids it, or the world did not play along.
+    Refused,
+    /// The configuration is at fault.
+    Config,
+    /// dbranch is at fault.
+    Bug,
+}
+
+/// A failure that a user can read: what and why, and the next thing to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct EngineError {
+    pub kind: Kind,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+impl EngineError {
+    pub(crate) fn refused(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Refused, message: message.into(), hint: None }
+    }
+
+    pub(crate) fn config(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Config, message: message.into(), hint: None }
+    }
+
+    pub(crate) fn bug(message: impl Into<String>) -> Self {
+        Self {
+            kind: Kind::Bug,
+            message: message.into(),
+            hint: Some("please report this, with `dbranch logs --daemon`".into()),
+        }
+    }
+
+    #[must_use]
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub(crate) fn io(action: &str, path: &Path, e: &std::io::Error) -> Self {
+        Self::refused(format!("{action} {}: {e}", path.display()))
+    }
+
+    pub(crate) fn no_root() -> Self {
+        Self::refused("this project has no database branch yet").hint("dbranch init-postgres")
+    }
+}
+
+impl From<ConfigError> for EngineError {
+    fn from(e: ConfigError) -> Self {
+        Self { kind: Kind::Config, message: e.to_string(), hint: e.hint }
+    }
+}
+
+impl From<RegistryError> for EngineError {
+    fn from(e: RegistryError) -> Self {
+        let hint = match &e {
+            RegistryError::NameTaken(name) => Some(format!("dbranch use {name}")),
+            RegistryError::NoPort { .. } => {
+                Some("widen port_min and port_max in .dbranch.config.json, or delete branches".into())
+            }
+            RegistryError::Newer { .. } => Some("use the newer dbranch".into()),
+            RegistryError::Sqlite(_) | RegistryError::Open { .. } => None,
+        };
+        Self { kind: Kind::Refused, message: e.to_string(), hint }
+    }
+}
+
+impl From<StorageError> for EngineError {
+    fn from(e: StorageError) -> Self {
+        Self { kind: Kind::Refused, hint: e.hint(), message: e.to_string() }
+    }
+}
+
+impl From<RuntimeError> for EngineError {
+    fn from(e: RuntimeError) -> Self {
+        Self { kind: Kind::Refused, hint: e.hint().map(Into::into), message: e.to_string() }
+    }
+}
+
+impl From<ClusterError> for EngineError {
+    fn from(e: ClusterError) -> Self {
+        Self { kind: Kind::Refused, hint: e.hint(), message: e.to_string() }
+    }
+}
+
+impl From<AdminError> for EngineError {
+    fn from(e: AdminError) -> Self {
+        Self::refused(e.to_string())
+    }
+}
+
+impl From<BadSetting> for EngineError {
+    fn from(e: BadSetting) -> Self {
+        Self::config(e.to_string()).hint("change it under postgres.settings in .dbranch.config.json")
+    }
+}
+
+impl From<GitError> for EngineError {
+    fn from(e: GitError) -> Self {
+        Self::refused(e.to_string())
+    }
+}

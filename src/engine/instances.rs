@@ -1,0 +1,419 @@
+//! Instances: started on demand, watched, stopped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tracing::{info, warn};
+
+use super::{ADMIN, Engine, EngineError, Result, Secret, data_dir, lock};
+use crate::postgres::{self, Admin, Conf};
+use crate::registry::{BranchRecord, ProjectRecord, Stage};
+use crate::runtime::{Instance, InstanceSpec, Limits, Runtime, StopMode};
+use crate::types::{BackendAddress, BranchId, BranchName};
+
+/// How long a start may take. Recovery after a crash replays up to `max_wal_size` of log.
+const START_LIMIT: Duration = Duration::from_secs(300);
+/// A start that failed is not tried again sooner, so that a pool that reconnects in a loop can't spin.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// What is known of a branch's instance.
+#[derive(Debug, Clone)]
+pub enum InstanceState {
+    Stopped,
+    Starting,
+    Running(BackendAddress),
+    /// It ended by itself, or could not be started.
+    Failed {
+        reason: String,
+        since: Instant,
+    },
+}
+
+/// The live side of one branch.
+#[derive(Debug)]
+pub(super) struct Slot {
+    /// Admits one operation at a time: a start, a stop, a clone, a deletion.
+    live: Arc<Mutex<Live>>,
+    state: watch::Sender<InstanceState>,
+    sessions: Arc<AtomicUsize>,
+}
+
+/// What belongs to a running instance.
+#[derive(Debug, Default)]
+pub(super) struct Live {
+    instance: Option<(Runtime, InstanceSpec, Instance)>,
+    /// Kept open while an endpoint shows the branch, so that a checkout need not log in first.
+    admin: Option<Admin>,
+}
+
+impl Live {
+    /// Hands out the administrator's connection, which a backup uses up.
+    pub(super) fn take_admin(&mut self) -> Result<Admin> {
+        self.admin.take().ok_or_else(|| EngineError::bug("the administrator is not logged in"))
+    }
+
+    pub(super) fn give_admin(&mut self, admin: Admin) {
+        self.admin = Some(admin);
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.instance.is_some()
+    }
+}
+
+/// Where a session of a branch goes.
+#[derive(Debug, Clone)]
+pub struct Served {
+    pub name: BranchName,
+    pub address: BackendAddress,
+    /// How long a transaction may go on after a switch.
+    pub grace: Duration,
+}
+
+/// Counts a session of a branch as long as it is held.
+#[derive(Debug)]
+pub struct Lease(Arc<AtomicUsize>);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Slot {
+    fn new() -> Self {
+        Self { live: Arc::default(), state: watch::Sender::new(InstanceState::Stopped), sessions: Arc::default() }
+    }
+
+    /// Waits for the branch's turn.
+    pub(super) async fn turn(&self) -> OwnedMutexGuard<Live> {
+        self.live.clone().lock_owned().await
+    }
+
+    pub(super) fn state(&self) -> InstanceState {
+        self.state.borrow().clone()
+    }
+
+    pub(super) fn sessions(&self) -> usize {
+        self.sessions.load(Ordering::Relaxed)
+    }
+
+    fn address(&self) -> Option<BackendAddress> {
+        match &*self.state.borrow() {
+            InstanceState::Running(address) => Some(address.clone()),
+            _ => None,
+        }
+    }
+}
+
+impl Engine {
+    pub(super) fn slot(&self, id: &BranchId) -> Arc<Slot> {
+        lock(&self.0.slots).entry(id.clone()).or_insert_with(|| Arc::new(Slot::new())).clone()
+    }
+
+    pub(super) fn drop_slot(&self, id: &BranchId) {
+        lock(&self.0.slots).remove(id);
+    }
+
+    /// Registers a session of a branch.
+    pub fn lease(&self, id: &BranchId) -> Lease {
+        let sessions = self.slot(id).sessions.clone();
+        sessions.fetch_add(1, Ordering::Relaxed);
+        Lease(sessions)
+    }
+
+    /// The address of a branch's instance, which is started first when it does not run.
+    pub async fn wake(&self, id: &BranchId) -> Result<BackendAddress> {
+        let slot = self.slot(id);
+        if let Some(address) = slot.address() {
+            return Ok(address);
+        }
+        let (engine, id) = (self.clone(), id.clone());
+        self.detached(async move {
+            let mut live = slot.turn().await;
+            engine.start_in_turn(&slot, &mut live, &id).await
+        })
+        .await
+    }
+
+    /// What a session of a branch needs: its instance, started when it does not run.
+    pub async fn serve(&self, id: &BranchId) -> Result<Served> {
+        let address = self.wake(id).await?;
+        let branch = self.0.registry.branch(id)?.ok_or_else(|| EngineError::refused("the branch is gone"))?;
+        let grace = Self::config(&self.project_of(&branch)?)?.switch_grace;
+        Ok(Served { name: branch.name, address, grace })
+    }
+
+    pub fn name_of(&self, id: &BranchId) -> Option<BranchName> {
+        self.0.registry.branch(id).ok().flatten().map(|b| b.name)
+    }
+
+    /// Starts a branch's instance without anybody waiting.
+    pub(super) fn wake_in_background(&self, id: &BranchId) {
+        let (engine, id) = (self.clone(), id.clone());
+        self.0.tasks.spawn(async move {
+            if let Err(e) = engine.wake(&id).await {
+                warn!(branch = %id, "start: {e}");
+            }
+        });
+    }
+
+    pub(super) async fn start_in_turn(&self, slot: &Slot, live: &mut Live, id: &BranchId) -> Result<BackendAddress> {
+        if let Some(address) = slot.address() {
+            return Ok(address);
+        }
+        if let InstanceState::Failed { reason, since } = slot.state()
+            && since.elapsed() < RETRY_AFTER
+        {
+            return Err(EngineError::refused(reason));
+        }
+        let branch = self.0.registry.branch(id)?.ok_or_else(|| EngineError::refused("the branch is gone"))?;
+        if branch.trashed_at.is_some() || branch.stage != Stage::Ready {
+            return Err(EngineError::refused(format!("branch `{}` has been deleted", branch.name))
+                .hint(format!("dbranch undelete {}", branch.name)));
+        }
+        slot.state.send_replace(InstanceState::Starting);
+        match self.launch(slot, live, &branch).await {
+            Ok(address) => {
+                if !branch.started_once {
+                    self.0.registry.set_started(id)?;
+                }
+                Ok(address)
+            }
+            Err(e) => {
+                slot.state.send_replace(InstanceState::Failed { reason: e.message.clone(), since: Instant::now() });
+                Err(e)
+            }
+        }
+    }
+
+    /// Starts the instance of a branch whose record need not be finished yet, and waits until it answers.
+    pub(super) async fn launch(&self, slot: &Slot, live: &mut Live, branch: &BranchRecord) -> Result<BackendAddress> {
+        let begun = Instant::now();
+        let project = self.project_of(branch)?;
+        let (runtime, spec) = self.instance_spec(&project, branch).await?;
+        let instance = match runtime.find(&spec).await? {
+            Some(found) => found,
+            None => {
+                self.write_conf(&project, branch).await?;
+                runtime.start(&spec).await?
+            }
+        };
+        let mut exit = instance.exit.clone();
+        let ready = tokio::select! {
+            ready = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => match ready {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(e)) => Err(format!("its lock file can't be read: {e}")),
+                Err(_) => Err(format!("it did not become ready within {} s", START_LIMIT.as_secs())),
+            },
+            ended = exit.wait_for(Option::is_some) => Err(match ended.as_deref() {
+                Ok(Some(exit)) => exit.reason.clone(),
+                _ => "it ended".into(),
+            }),
+        };
+        if let Err(why) = ready {
+            let said = runtime.log_tail(&spec, 20).await;
+            let _ = runtime.stop(&spec, &instance, StopMode::Immediate).await;
+            return Err(EngineError::refused(format!(
+                "postgres of branch `{}` did not start: {why}{}",
+                branch.name,
+                complaint(&said).map(|line| format!(" ({line})")).unwrap_or_default()
+            ))
+            .hint(format!("dbranch logs {}", branch.name)));
+        }
+        let address = instance.address.clone();
+        info!(branch = %branch.name, runtime = %runtime.kind(), ms = begun.elapsed().as_millis(), "instance is ready");
+        live.instance = Some((runtime, spec, instance.clone()));
+        live.admin = None;
+        slot.state.send_replace(InstanceState::Running(address.clone()));
+        self.watch_exit(branch, &instance);
+        Ok(address)
+    }
+
+    /// Notices when an instance ends by itself.
+    fn watch_exit(&self, branch: &BranchRecord, instance: &Instance) {
+        let (engine, branch, handle, mut exit) =
+            (self.clone(), branch.clone(), instance.handle.clone(), instance.exit.clone());
+        tokio::spawn(async move {
+            let Ok(reason) = exit.wait_for(Option::is_some).await.map(|e| e.clone()) else { return };
+            let slot = engine.slot(&branch.id);
+            let mut live = slot.turn().await;
+            // Whoever stopped it on purpose took it out already.
+            if !live.instance.as_ref().is_some_and(|(_, _, i)| i.handle == handle) {
+                return;
+            }
+            let Some((runtime, spec, _)) = live.instance.take() else { return };
+            live.admin = None;
+            let said = runtime.log_tail(&spec, 20).await;
+            let reason = format!(
+                "postgres of branch `{}` ended: {}{}",
+                branch.name,
+                reason.map_or_else(String::new, |r| r.reason),
+                complaint(&said).map(|line| format!(" ({line})")).unwrap_or_default()
+            );
+            warn!("{reason}");
+            slot.state.send_replace(InstanceState::Failed { reason, since: Instant::now() });
+        });
+    }
+
+    /// Stops the instance, if there is one, and keeps the volume. True if one ran.
+    pub(super) async fn stop_in_turn(&self, slot: &Slot, live: &mut Live, mode: StopMode) -> Result<bool> {
+        live.admin = None;
+        let Some((runtime, spec, instance)) = live.instance.take() else {
+            slot.state.send_replace(InstanceState::Stopped);
+            return Ok(false);
+        };
+        slot.state.send_replace(InstanceState::Stopped);
+        if let Err(e) = runtime.stop(&spec, &instance, mode).await {
+            live.instance = Some((runtime, spec, instance.clone()));
+            slot.state.send_replace(InstanceState::Running(instance.address));
+            return Err(e.into());
+        }
+        info!(branch = %spec.branch_name, "instance stopped");
+        Ok(true)
+    }
+
+    /// Stops a branch's instance. True if one ran.
+    pub async fn stop(&self, id: &BranchId) -> Result<bool> {
+        let (engine, id) = (self.clone(), id.clone());
+        self.detached(async move {
+            let slot = engine.slot(&id);
+            let mut live = slot.turn().await;
+            engine.stop_in_turn(&slot, &mut live, StopMode::Fast).await
+        })
+        .await
+    }
+
+    /// Finds an instance that an earlier daemon left running. True if there is one.
+    pub(super) async fn adopt(&self, branch: &BranchRecord) -> Result<bool> {
+        let slot = self.slot(&branch.id);
+        let mut live = slot.turn().await;
+        if live.is_running() {
+            return Ok(true);
+        }
+        let project = self.project_of(branch)?;
+        let (runtime, spec) = self.instance_spec(&project, branch).await?;
+        let Some(instance) = runtime.find(&spec).await? else { return Ok(false) };
+        let mut exit = instance.exit.clone();
+        tokio::select! {
+            _ = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => {}
+            _ = exit.wait_for(Option::is_some) => return Ok(false),
+        }
+        slot.state.send_replace(InstanceState::Running(instance.address.clone()));
+        live.instance = Some((runtime, spec, instance.clone()));
+        self.watch_exit(branch, &instance);
+        info!(branch = %branch.name, "found its instance running");
+        Ok(true)
+    }
+
+    /// The administrator's connection to a running instance, opened when there is none.
+    pub(super) async fn admin<'a>(&self, live: &'a mut Live, branch: &BranchRecord) -> Result<&'a mut Admin> {
+        let Live { instance, admin } = live;
+        if admin.as_ref().is_none_or(Admin::is_closed) {
+            let (_, _, instance) = instance
+                .as_ref()
+                .ok_or_else(|| EngineError::bug(format!("branch `{}` does not run", branch.name)))?;
+            let password = self.password(&branch.project, Secret::Admin)?;
+            *admin = Some(Admin::connect(&instance.address, ADMIN, "postgres", &password).await?);
+        }
+        Ok(admin.as_mut().expect("it was set above when it was missing"))
+    }
+
+    /// Opens the administrator's connection ahead of the next checkout, which will need it.
+    pub(super) fn keep_admin(&self, branch: &BranchRecord) {
+        let (engine, branch) = (self.clone(), branch.clone());
+        self.0.tasks.spawn(async move {
+            if engine.wake(&branch.id).await.is_ok() {
+                let slot = engine.slot(&branch.id);
+                let mut live = slot.turn().await;
+                if live.is_running()
+                    && let Err(e) = engine.admin(&mut live, &branch).await
+                {
+                    warn!(branch = %branch.name, "log in as administrator: {e}");
+                }
+            }
+        });
+    }
+
+    pub(super) fn keep_admin_if_running(&self, branch: &BranchRecord) {
+        if matches!(self.slot(&branch.id).state(), InstanceState::Running(_)) {
+            self.keep_admin(branch);
+        }
+    }
+
+    /// Closes the administrator's connection: an idle one costs the instance a process.
+    pub(super) fn release_admin(&self, id: &BranchId) {
+        let slot = self.slot(id);
+        self.0.tasks.spawn(async move { slot.turn().await.admin = None });
+    }
+
+    pub(super) async fn instance_spec(
+        &self,
+        project: &ProjectRecord,
+        branch: &BranchRecord,
+    ) -> Result<(Runtime, InstanceSpec)> {
+        let config = Self::config(project)?;
+        let (runtime, server, _) = self.runtime(project).await?;
+        let spec = InstanceSpec {
+            project: project.id.clone(),
+            project_name: project.name.clone(),
+            branch: branch.id.clone(),
+            branch_name: branch.name.clone(),
+            server,
+            data_dir: self.data_dir(branch).await?,
+            socket_dir: self.0.paths.instance_socket_dir(&branch.id),
+            log_file: self.0.paths.instance_log(&branch.id),
+            owner: self.0.owner,
+            limits: Limits { memory_bytes: config.postgres.memory_bytes, cpus: config.postgres.cpus },
+        };
+        Ok((runtime, spec))
+    }
+
+    /// Where a branch's instance listens, or would if it ran.
+    pub(super) fn backend_of(&self, id: &BranchId) -> BackendAddress {
+        let slot = self.slot(id);
+        slot.address()
+            .unwrap_or_else(|| BackendAddress::Unix { dir: self.0.paths.instance_socket_dir(id), port: 5432 })
+    }
+
+    /// Brings the included settings file up to what the config says now.
+    pub(super) async fn write_conf(&self, project: &ProjectRecord, branch: &BranchRecord) -> Result<()> {
+        let settings = Self::config(project)?.postgres.settings;
+        postgres::check_settings(&settings)?;
+        let driver = self.driver(branch).await?;
+        let conf = Conf { settings, copy_on_write: driver.shares_blocks(), ..Conf::default() };
+        let dir = data_dir(&driver.volume_path(&branch.volume));
+        let owner = self.give_to();
+        super::blocking(move || Ok(conf.write(&dir, owner)?)).await?;
+        Ok(())
+    }
+
+    pub(super) fn project_of(&self, branch: &BranchRecord) -> Result<ProjectRecord> {
+        self.0
+            .registry
+            .project(&branch.project)?
+            .ok_or_else(|| EngineError::bug(format!("branch `{}` belongs to no project", branch.name)))
+    }
+
+    pub(super) async fn refuse_what_cannot_be_cloned(&self, branch: &BranchRecord) -> Result<()> {
+        let volume = self.driver(branch).await?.volume_path(&branch.volume);
+        super::blocking(move || Ok(postgres::refuse_external(&data_dir(&volume))?)).await
+    }
+}
+
+/// The line of a server's log that tells why it ended.
+fn complaint(log: &str) -> Option<String> {
+    let lines: Vec<_> = log.lines().collect();
+    lines
+        .iter()
+        .rev()
+        .find(|line| ["FATAL:", "PANIC:", "ERROR:"].iter().any(|word| line.contains(word)))
+        .or(lines.last())
+        .map(|line| {
+            let from = ["FATAL:", "PANIC:", "ERROR:"].iter().filter_map(|w| line.find(w)).min().unwrap_or(0);
+            line[from..].trim().to_owned()
+        })
+        .filter(|line| !line.is_empty())
+}

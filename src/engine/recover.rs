@@ -1,0 +1,237 @@
+//! Reconciling the record with what is found: at the daemon's start, and by `dbranch sync`.
+//!
+//! A branch that was being made is rolled back: nobody had seen it. One that was
+//! being destroyed on the user's word is destroyed. Nothing else is ever deleted.
+
+use std::collections::HashSet;
+
+use tracing::{info, warn};
+
+use super::follow::{Followed, Urge};
+use super::{EndpointKey, Engine, Reporter, Result, blocking};
+use crate::git::{self, Head, Location};
+use crate::registry::{BranchRecord, ProjectRecord, Stage};
+use crate::runtime::StopMode;
+use crate::types::BranchId;
+
+/// What reconciling did, or would do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reconciled {
+    pub actions: Vec<String>,
+    pub notes: Vec<String>,
+}
+
+impl Engine {
+    /// Takes up where an earlier daemon left off. Trouble with one branch or project stops no other.
+    pub async fn recover(&self) -> Result<()> {
+        for project in self.0.registry.projects()? {
+            for action in self.finish_what_was_begun(&project, false).await? {
+                info!("{action}");
+            }
+            if project.deleted_at.is_some() {
+                continue;
+            }
+            let key = Self::main_endpoint(&project);
+            if let Some(record) = self.endpoint_record(&key)? {
+                self.restore_active(&key, record.branch);
+            }
+            if let Err(e) = self.listen(&project).await {
+                warn!(project = %project.name, "{e}");
+            }
+            for branch in self.0.registry.branches(&project.id)? {
+                self.take_up(&branch).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows the HEAD of every project, in case it moved while no daemon ran.
+    pub async fn follow_all(&self) {
+        for project in self.0.registry.projects().unwrap_or_default() {
+            if project.deleted_at.is_some() {
+                continue;
+            }
+            match Location::from_common_dir(&project.common_dir) {
+                Ok(location) => {
+                    if let Err(e) = self.follow(&location, Urge::Hint, Reporter::log()).await {
+                        warn!(project = %project.name, "follow HEAD: {e}");
+                    }
+                }
+                Err(e) => warn!(project = %project.name, "{e}"),
+            }
+        }
+    }
+
+    pub(super) fn restore_active(&self, key: &EndpointKey, branch: Option<BranchId>) {
+        self.endpoint(key).set(branch);
+    }
+
+    async fn take_up(&self, branch: &BranchRecord) {
+        if branch.stage != Stage::Ready {
+            return;
+        }
+        match self.adopt(branch).await {
+            // It was trashed, and the daemon died before its instance had stopped.
+            Ok(true) if branch.trashed_at.is_some() => {
+                if let Err(e) = self.stop(&branch.id).await {
+                    warn!(branch = %branch.name, "stop: {e}");
+                }
+            }
+            Ok(_) => {}
+            Err(e) => warn!(branch = %branch.name, "look for its instance: {e}"),
+        }
+        if branch.trashed_at.is_none() {
+            self.publish(branch).await;
+            if self.shown_anywhere(&branch.id) {
+                self.keep_admin_if_running(branch);
+            }
+        }
+    }
+
+    /// Rolls back what was being made, finishes what was being destroyed; says what.
+    async fn finish_what_was_begun(&self, project: &ProjectRecord, dry_run: bool) -> Result<Vec<String>> {
+        let mut actions = Vec::new();
+        for branch in self.0.registry.branches(&project.id)? {
+            let action = match branch.stage {
+                Stage::Ready => continue,
+                Stage::Creating => format!("roll back the half-made branch `{}`", branch.name),
+                Stage::Deleting => format!("finish deleting branch `{}`", branch.name),
+            };
+            let slot = self.slot(&branch.id);
+            if !dry_run {
+                // Whoever is making it right now holds its turn, and leaves it finished.
+                let mut live = slot.turn().await;
+                let still = self.0.registry.branch(&branch.id)?.is_some_and(|b| b.stage == branch.stage);
+                if !still {
+                    continue;
+                }
+                if let Err(e) = self.find_and_stop(&branch, &slot, &mut live).await {
+                    warn!(branch = %branch.name, "{action}: {e}");
+                    continue;
+                }
+                self.undo(&slot, &mut live, &branch).await;
+            }
+            actions.push(action);
+        }
+        Ok(actions)
+    }
+
+    async fn find_and_stop(
+        &self,
+        branch: &BranchRecord,
+        slot: &super::instances::Slot,
+        live: &mut super::instances::Live,
+    ) -> Result<()> {
+        if !live.is_running() {
+            let project = self.project_of(branch)?;
+            let (runtime, spec) = self.instance_spec(&project, branch).await?;
+            if let Some(instance) = runtime.find(&spec).await? {
+                runtime.stop(&spec, &instance, StopMode::Immediate).await?;
+            }
+        }
+        self.stop_in_turn(slot, live, StopMode::Immediate).await?;
+        Ok(())
+    }
+
+    /// Reconciles a project with git, storage and runtime by the user's word.
+    pub async fn sync(&self, location: &Location, dry_run: bool, to: Reporter) -> Result<Reconciled> {
+        let project = self.project_at(location)?;
+        let mut found =
+            Reconciled { actions: self.finish_what_was_begun(&project, dry_run).await?, notes: Vec::new() };
+        if dry_run {
+            self.foresee(&project, location, &mut found)?;
+        } else {
+            self.listen(&project).await?;
+            let followed = self.follow(location, Urge::Word, to).await?;
+            found.actions.extend(say(&followed));
+            found.notes.extend(followed.notes);
+        }
+        let live = self.live_branches(&project)?;
+        for branch in &live {
+            if !git::branch_exists(&location.common_dir, &branch.name)?
+                && git::head(&location.git_dir).ok() != Some(Head::Unborn(branch.name.clone()))
+            {
+                found.notes.push(format!(
+                    "git has no branch `{0}` (any more); its database stays until `dbranch delete {0}`",
+                    branch.name
+                ));
+            }
+        }
+        found.notes.extend(self.strangers_in_pools(&project).await?);
+        Ok(found)
+    }
+
+    fn foresee(&self, project: &ProjectRecord, location: &Location, found: &mut Reconciled) -> Result<()> {
+        if let Some(operation) = git::operation(&location.git_dir) {
+            found.notes.push(format!("git is in the middle of a {operation:?}: HEAD is not followed"));
+            return Ok(());
+        }
+        let name = match git::head(&location.git_dir)? {
+            Head::Branch(name) | Head::Unborn(name) => name,
+            Head::Detached(_) => {
+                found.notes.push("HEAD is detached: the database stays where it is".into());
+                return Ok(());
+            }
+        };
+        if !Self::config(project)?.matches(&name) {
+            return Ok(());
+        }
+        match self.0.registry.branch_named(&project.id, &name)? {
+            None => match self.find_parent(project, location, &name)? {
+                Some(parent) => {
+                    found.actions.push(format!("create branch `{name}` from `{}`", parent.name));
+                    found.actions.push(format!("switch to `{name}`"));
+                }
+                None => found.notes.push("no database branch yet: run `dbranch init-postgres`".into()),
+            },
+            Some(branch) => {
+                let shown = self.endpoint_record(&Self::main_endpoint(project))?.and_then(|r| r.branch);
+                if !location.is_linked_worktree() && shown.as_ref() != Some(&branch.id) {
+                    found.actions.push(format!("switch to `{name}`"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Volumes that no record knows. They may be somebody's data, so they are only named.
+    pub(super) async fn strangers_in_pools(&self, project: &ProjectRecord) -> Result<Vec<String>> {
+        let mut known = HashSet::new();
+        for other in self.0.registry.projects()? {
+            known.extend(self.0.registry.branches(&other.id)?.into_iter().map(|b| b.volume));
+        }
+        let mut notes = Vec::new();
+        let mut pools = HashSet::new();
+        for branch in self.0.registry.branches(&project.id)? {
+            if !pools.insert(branch.pool.clone()) {
+                continue;
+            }
+            let driver = self.driver(&branch).await?;
+            let listed = blocking(move || Ok(driver.list()?)).await?;
+            for volume in listed.into_iter().filter(|v| !known.contains(v)) {
+                notes.push(format!(
+                    "{} is a volume that no branch knows; it is left alone",
+                    branch.pool.join(volume.as_str()).display()
+                ));
+            }
+        }
+        Ok(notes)
+    }
+}
+
+fn say(followed: &Followed) -> Vec<String> {
+    let mut actions = Vec::new();
+    if let Some((old, new)) = &followed.renamed {
+        actions.push(format!("renamed branch `{old}` to `{new}`"));
+    }
+    if let Some(created) = &followed.created {
+        actions.push(match &created.parent {
+            Some(parent) => format!("created branch `{}` from `{parent}` ({})", created.branch.name, created.method),
+            None => format!("created branch `{}` ({})", created.branch.name, created.method),
+        });
+    }
+    if let Some(switched) = followed.switched.as_ref().filter(|s| s.changed) {
+        actions.push(format!("switched to `{}`", switched.branch.name));
+    }
+    actions
+}

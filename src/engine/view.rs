@@ -1,0 +1,276 @@
+//! What there is to see: branches, their sizes, how to connect.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use super::instances::InstanceState;
+use super::{Engine, EngineError, Result, blocking};
+use crate::git::{self, Head, Location};
+use crate::registry::{BranchRecord, ProjectRecord, Stage};
+use crate::storage::Usage;
+use crate::types::{BackendAddress, BranchName, Password};
+
+/// A branch and what is observed of it.
+#[derive(Debug, Clone)]
+pub struct BranchView {
+    pub record: BranchRecord,
+    pub parent: Option<BranchName>,
+    pub state: InstanceState,
+    /// Whether the project's endpoint shows it.
+    pub active: bool,
+    pub sessions: usize,
+}
+
+/// A branch's bytes.
+#[derive(Debug, Clone)]
+pub struct UsageView {
+    pub name: BranchName,
+    pub trashed: bool,
+    pub usage: Usage,
+}
+
+/// A pool's room, in bytes.
+#[derive(Debug, Clone)]
+pub struct PoolView {
+    pub driver: String,
+    pub path: PathBuf,
+    pub total_bytes: u64,
+    pub free_bytes: u64,
+}
+
+/// How to connect.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    pub host: String,
+    pub port: u16,
+    pub user: String,
+    pub password: Password,
+    pub database: String,
+}
+
+impl Credentials {
+    /// As a connection URI (PostgreSQL manual, section 34.1.1.2).
+    pub fn url(&self) -> String {
+        format!(
+            "postgresql://{}:{}@{}:{}/{}",
+            percent_encoded(&self.user),
+            percent_encoded(self.password.reveal()),
+            self.host,
+            self.port,
+            percent_encoded(&self.database)
+        )
+    }
+}
+
+fn percent_encoded(text: &str) -> String {
+    use std::fmt::Write;
+    text.bytes().fold(String::new(), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            let _ = write!(out, "%{byte:02X}");
+        }
+        out
+    })
+}
+
+impl Engine {
+    /// The project of a place.
+    pub fn project(&self, location: &Location) -> Result<ProjectRecord> {
+        self.project_at(location)
+    }
+
+    pub fn projects(&self) -> Result<Vec<ProjectRecord>> {
+        let mut projects = self.0.registry.projects()?;
+        projects.retain(|p| p.deleted_at.is_none());
+        Ok(projects)
+    }
+
+    pub fn branch_count(&self, project: &ProjectRecord) -> Result<usize> {
+        Ok(self.live_branches(project)?.len())
+    }
+
+    /// A project's branches, or those in its trash, oldest first.
+    pub fn list(&self, location: &Location, trash: bool) -> Result<Vec<BranchView>> {
+        let project = self.project_at(location)?;
+        let all = self.0.registry.branches(&project.id)?;
+        let shown = self.shown_at(&project, location)?;
+        Ok(all
+            .iter()
+            .filter(|b| b.trashed_at.is_some() == trash && b.stage != Stage::Deleting)
+            .map(|b| self.view(b, &all, shown.as_ref()))
+            .collect())
+    }
+
+    pub async fn find(&self, location: &Location, name: &BranchName) -> Result<BranchRecord> {
+        let project = self.project_at(location)?;
+        self.must_find(&project, name).await
+    }
+
+    pub fn view_of(&self, location: &Location, branch: &BranchRecord) -> Result<BranchView> {
+        let project = self.project_at(location)?;
+        let all = self.0.registry.branches(&project.id)?;
+        let record = all.iter().find(|b| b.id == branch.id).unwrap_or(branch);
+        Ok(self.view(record, &all, self.shown_at(&project, location)?.as_ref()))
+    }
+
+    fn view(&self, b: &BranchRecord, all: &[BranchRecord], shown: Option<&BranchRecord>) -> BranchView {
+        let slot = self.slot(&b.id);
+        BranchView {
+            parent: b.parent.as_ref().and_then(|id| all.iter().find(|p| p.id == *id)).map(|p| p.name.clone()),
+            state: slot.state(),
+            active: shown.is_some_and(|s| s.id == b.id),
+            sessions: slot.sessions(),
+            record: b.clone(),
+        }
+    }
+
+    /// The branch that a place's connections reach: in the main worktree what the endpoint
+    /// shows, in a linked one the branch of its HEAD.
+    pub fn shown_at(&self, project: &ProjectRecord, location: &Location) -> Result<Option<BranchRecord>> {
+        if location.is_linked_worktree() {
+            return match git::head(&location.git_dir)? {
+                Head::Branch(name) | Head::Unborn(name) => Ok(self.0.registry.branch_named(&project.id, &name)?),
+                Head::Detached(_) => Ok(None),
+            };
+        }
+        match self.endpoint_record(&Self::main_endpoint(project))?.and_then(|r| r.branch) {
+            Some(id) => Ok(self.0.registry.branch(&id)?),
+            None => Ok(None),
+        }
+    }
+
+    /// How to connect to a branch, or with none named to whatever this place shows.
+    pub async fn connect_info(
+        &self,
+        location: &Location,
+        name: Option<&BranchName>,
+    ) -> Result<(Credentials, Option<BranchRecord>)> {
+        let project = self.project_at(location)?;
+        if let Some(name) = name {
+            let branch = self.must_find(&project, name).await?;
+            return Ok((self.credentials(&project, branch.port)?, Some(branch)));
+        }
+        let shown = self.shown_at(&project, location)?;
+        let port = match &shown {
+            Some(branch) if location.is_linked_worktree() => branch.port,
+            _ => project.proxy_port,
+        };
+        if self.live_branches(&project)?.is_empty() {
+            return Err(EngineError::no_root());
+        }
+        Ok((self.credentials(&project, port)?, shown))
+    }
+
+    pub fn backend(&self, branch: &BranchRecord) -> BackendAddress {
+        self.backend_of(&branch.id)
+    }
+
+    pub async fn volume(&self, branch: &BranchRecord) -> Result<PathBuf> {
+        Ok(self.driver(branch).await?.volume_path(&branch.volume))
+    }
+
+    pub fn children(&self, branch: &BranchRecord) -> Result<Vec<BranchName>> {
+        let all = self.0.registry.branches(&branch.project)?;
+        Ok(all
+            .into_iter()
+            .filter(|b| b.parent.as_ref() == Some(&branch.id) && b.trashed_at.is_none())
+            .map(|b| b.name)
+            .collect())
+    }
+
+    pub async fn usage_of(&self, branch: &BranchRecord) -> Result<Usage> {
+        let driver = self.driver(branch).await?;
+        let volume = branch.volume.clone();
+        blocking(move || Ok(driver.usage(&volume)?)).await
+    }
+
+    /// Bytes of every branch of a project, and the room in the pool of its newest.
+    pub async fn usage(&self, location: &Location) -> Result<(Vec<UsageView>, Option<PoolView>)> {
+        let project = self.project_at(location)?;
+        let branches = self.0.registry.branches(&project.id)?;
+        let mut views = Vec::new();
+        for branch in branches.iter().filter(|b| b.stage == Stage::Ready) {
+            views.push(UsageView {
+                name: branch.name.clone(),
+                trashed: branch.trashed_at.is_some(),
+                usage: self.usage_of(branch).await?,
+            });
+        }
+        let Some(newest) = branches.last() else { return Ok((views, None)) };
+        let driver = self.driver(newest).await?;
+        let pool = newest.pool.clone();
+        let kind = driver.kind().to_string();
+        let space = blocking(move || Ok(driver.space()?)).await?;
+        Ok((
+            views,
+            Some(PoolView {
+                driver: kind,
+                path: pool,
+                total_bytes: space.total_bytes,
+                free_bytes: space.free_bytes,
+            }),
+        ))
+    }
+
+    /// Things worth knowing about where a place stands.
+    pub fn notes(&self, project: &ProjectRecord, location: &Location) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
+        let shown = self.shown_at(project, location)?;
+        match git::head(&location.git_dir)? {
+            Head::Detached(_) => {
+                if let Some(shown) = &shown {
+                    notes.push(format!("HEAD is detached: the database stays on `{}`", shown.name));
+                }
+            }
+            Head::Branch(name) | Head::Unborn(name) => {
+                if let Some(shown) = shown.as_ref().filter(|s| s.name != name) {
+                    notes.push(format!(
+                        "the database shows `{}`, git is on `{name}`; `dbranch use` follows git again",
+                        shown.name
+                    ));
+                }
+            }
+        }
+        if !self.are_allowed(project) {
+            notes.push("the config's commands are not allowed yet: review them with `dbranch allow`".into());
+        }
+        if let Some(operation) = git::operation(&location.git_dir) {
+            notes.push(format!("git is in the middle of a {operation:?}"));
+        }
+        Ok(notes)
+    }
+
+    pub fn git_branch(location: &Location) -> Option<BranchName> {
+        match git::head(&location.git_dir).ok()? {
+            Head::Branch(name) | Head::Unborn(name) => Some(name),
+            Head::Detached(_) => None,
+        }
+    }
+
+    pub fn log_file(&self, branch: &BranchRecord) -> PathBuf {
+        self.0.paths.instance_log(&branch.id)
+    }
+
+    /// When the trash will destroy a branch.
+    pub fn expiry(branch: &BranchRecord) -> Option<SystemTime> {
+        branch.trashed_at.map(|at| at + super::TRASH_KEEPS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_escapes_what_a_uri_reserves() {
+        let credentials = Credentials {
+            host: "127.0.0.1".into(),
+            port: 15432,
+            user: "me@home".into(),
+            password: Password::new("a/b:c"),
+            database: "app db".into(),
+        };
+        assert_eq!(credentials.url(), "postgresql://me%40home:a%2Fb%3Ac@127.0.0.1:15432/app%20db");
+    }
+}

@@ -1,0 +1,203 @@
+//! The folder that holds the volumes, and the checks every driver makes in it.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+use nix::unistd::Uid;
+
+use super::{Space, StorageError};
+use crate::types::{Owner, VolumeId};
+
+/// An existing pool folder, by its canonical path.
+#[derive(Debug, Clone)]
+pub(super) struct Pool {
+    path: PathBuf,
+    owner: Owner,
+}
+
+impl Pool {
+    /// Makes the folder when it is missing: mode 0711 as root, so that the owner of
+    /// the volumes can pass through, else 0700.
+    pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, StorageError> {
+        let root = Uid::effective().is_root();
+        DirBuilder::new()
+            .recursive(true)
+            .mode(if root { 0o711 } else { 0o700 })
+            .create(path)
+            .map_err(|source| match source.kind() {
+                ErrorKind::PermissionDenied => StorageError::Denied {
+                    action: "create",
+                    path: path.to_owned(),
+                    hint: "choose a pool folder that you may write to".into(),
+                },
+                _ => StorageError::io("create", path)(source),
+            })?;
+        let path = path
+            .canonicalize()
+            .map_err(StorageError::io("resolve", path))?;
+        let pool = Self { path, owner };
+        if root {
+            pool.must_be_passable()?;
+        }
+        Ok(pool)
+    }
+
+    /// Postgres runs as the owner and must get to its data directory.
+    fn must_be_passable(&self) -> Result<(), StorageError> {
+        for folder in self.path.ancestors() {
+            let meta = fs::metadata(folder).map_err(StorageError::io("read", folder))?;
+            let needed = if meta.uid() == self.owner.uid {
+                0o100
+            } else if meta.gid() == self.owner.gid {
+                0o010
+            } else {
+                0o001
+            };
+            if meta.mode() & needed == 0 && self.owner.uid != 0 {
+                return Err(StorageError::Denied {
+                    action: "pass through",
+                    path: folder.to_owned(),
+                    hint: format!(
+                        "the user that runs postgres (uid {}) must get to {}: choose another pool \
+                         folder, or allow it with `chmod o+x {}`",
+                        self.owner.uid,
+                        self.path.display(),
+                        folder.display()
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn folder(&self) -> Result<File, StorageError> {
+        open_folder(&self.path)
+    }
+
+    /// The path of a name in the pool, if it is there. Whatever is about to be
+    /// destroyed passes here: it must be a real folder right inside the pool.
+    pub(super) fn existing(&self, name: &OsStr) -> Result<Option<PathBuf>, StorageError> {
+        let path = self.path.join(name);
+        debug_assert_eq!(path.parent(), Some(self.path.as_path()), "one component");
+        match fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_dir() => Ok(Some(path)),
+            Ok(_) => Err(StorageError::Denied {
+                action: "touch",
+                hint: "it is no folder, so dbranch did not make it; move it out of the pool".into(),
+                path,
+            }),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(StorageError::io("read", &path)(e)),
+        }
+    }
+
+    pub(super) fn must_exist(&self, id: &VolumeId) -> Result<PathBuf, StorageError> {
+        self.existing(OsStr::new(id.as_str()))?
+            .ok_or_else(|| StorageError::Missing {
+                id: id.clone(),
+                pool: self.path.clone(),
+            })
+    }
+
+    pub(super) fn must_be_free(&self, id: &VolumeId) -> Result<(), StorageError> {
+        match self.existing(OsStr::new(id.as_str()))? {
+            None => Ok(()),
+            Some(_) => Err(StorageError::Exists {
+                id: id.clone(),
+                pool: self.path.clone(),
+            }),
+        }
+    }
+
+    /// Gives a new folder or file to the volumes' owner. Only root can, and only
+    /// root has to.
+    pub(super) fn give_to_owner(&self, file: &File, path: &Path) -> Result<(), StorageError> {
+        if !Uid::effective().is_root() {
+            return Ok(());
+        }
+        fchown(file, Some(self.owner.uid), Some(self.owner.gid))
+            .map_err(StorageError::io("set the owner of", path))
+    }
+
+    /// Names of the folders in the pool that `wanted` accepts.
+    pub(super) fn names(
+        &self,
+        wanted: impl Fn(&OsStr) -> bool,
+    ) -> Result<Vec<OsString>, StorageError> {
+        let io = |e| StorageError::io("list", &self.path)(e);
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.path).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            if wanted(&entry.file_name()) && entry.file_type().map_err(io)?.is_dir() {
+                names.push(entry.file_name());
+            }
+        }
+        Ok(names)
+    }
+
+    pub(super) fn volumes(&self) -> Result<Vec<VolumeId>, StorageError> {
+        let id = |name: &OsStr| name.to_str().and_then(|n| VolumeId::new(n).ok());
+        let names = self.names(|name| id(name).is_some())?;
+        Ok(names.iter().filter_map(|name| id(name)).collect())
+    }
+
+    pub(super) fn space(&self) -> Result<Space, StorageError> {
+        let stat = statvfs(&self.path)
+            .map_err(|e| StorageError::io("read the free room of", &self.path)(e.into()))?;
+        #[expect(
+            clippy::useless_conversion,
+            reason = "the counts have 32 bits on some systems"
+        )]
+        let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
+        Ok(Space {
+            total_bytes: bytes(stat.blocks()),
+            free_bytes: bytes(stat.blocks_available()),
+        })
+    }
+}
+
+/// Opens a folder, and no link to one.
+pub(super) fn open_folder(path: &Path) -> Result<File, StorageError> {
+    use nix::fcntl::OFlag;
+    OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).bits())
+        .open(path)
+        .map_err(StorageError::io("open", path))
+}
+
+/// The name of the file system that holds a folder, as users know it.
+#[cfg(target_os = "linux")]
+pub(super) fn file_system_name(folder: &Path) -> String {
+    use nix::sys::statfs as fs;
+    let Ok(stat) = fs::statfs(folder) else {
+        return "unknown".into();
+    };
+    match stat.filesystem_type() {
+        fs::BTRFS_SUPER_MAGIC => "btrfs".into(),
+        // ext2, ext3 and ext4 have one magic number; the first two are history.
+        fs::EXT4_SUPER_MAGIC => "ext4".into(),
+        fs::XFS_SUPER_MAGIC => "XFS".into(),
+        fs::TMPFS_MAGIC => "tmpfs".into(),
+        fs::OVERLAYFS_SUPER_MAGIC => "overlayfs".into(),
+        fs::NFS_SUPER_MAGIC => "NFS".into(),
+        other => format!("of type {:#x}", other.0),
+    }
+}
+
+/// The name of the file system that holds a folder, as users know it.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn file_system_name(folder: &Path) -> String {
+    nix::sys::statfs::statfs(folder).map_or_else(
+        |_| "another one".into(),
+        |stat| stat.filesystem_type_name().to_owned(),
+    )
+}

@@ -1,0 +1,84 @@
+//! Branches cut from a parent that is being written to.
+
+use crate::support::{Server, Storage, TestEnv, process};
+
+/// pgbench keeps four sums equal in every transaction: a clone that tore one shows it.
+const SUMS: &str = "select (select sum(abalance) from pgbench_accounts) \
+    = all(array[(select sum(bbalance) from pgbench_branches), \
+    (select sum(tbalance) from pgbench_tellers), (select coalesce(sum(delta), 0) from pgbench_history)])";
+
+fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
+    let Some(env) = TestEnv::with(server, storage) else {
+        return;
+    };
+    env.set_up();
+    let main = env.url_of("main");
+    let _ = env
+        .run("pgbench", &["-i", "-q", "-s", "2", "-d", &main])
+        .ok();
+    env.sql("create extension amcheck");
+
+    let mut pgbench = env.command("pgbench", &env.path("elsewhere"));
+    pgbench.args(["-n", "-c", "4", "-T", "8", "-d", &main]);
+    let load = std::thread::spawn(move || process::run(pgbench, crate::support::LIMIT));
+    let history = "select count(*) from pgbench_history";
+    let mut before = 0;
+    for branch in ["one", "two", "three"] {
+        // Each branch is cut while the load goes on.
+        crate::support::wait_until(crate::support::LIMIT, "pgbench writes", || {
+            let now: u64 = env.psql(&main, history).text().parse().expect("a number");
+            std::mem::replace(&mut before, now) < now && now > 0
+        });
+        let _ = env.git(&["checkout", "-q", "-b", branch, "main"]).ok();
+        let _ = env.git(&["checkout", "-q", "main"]).ok();
+    }
+    assert!(
+        !load.is_finished(),
+        "the load ended before the branches were cut"
+    );
+    let load = load.join().expect("pgbench was run").ok();
+    assert!(
+        load.stdout.contains("number of failed transactions: 0 "),
+        "the parent's clients saw nothing: {load}"
+    );
+
+    let on_main: u64 = env.sql_on("main", history).parse().expect("a number");
+    for branch in ["one", "two", "three"] {
+        assert_eq!(env.sql_on(branch, SUMS), "t", "{branch} is torn");
+        let rows: u64 = env.sql_on(branch, history).parse().expect("a number");
+        assert!(0 < rows && rows < on_main, "{branch}: {rows} of {on_main}");
+        let check = "select count(bt_index_check(c.oid, true)) from pg_class c \
+            where relkind = 'i' and relpersistence = 'p' and relam = (select oid from pg_am where amname = 'btree')";
+        assert!(
+            env.sql_on(branch, check)
+                .parse::<u32>()
+                .is_ok_and(|n| n > 10)
+        );
+        // It is a parent like any other.
+        env.sql_on(
+            branch,
+            "insert into pgbench_history(tid, bid, aid, delta) values (1, 1, 1, 0)",
+        );
+    }
+    assert_eq!(env.sql_on("main", SUMS), "t");
+}
+
+#[test]
+fn a_btrfs_branch_of_a_busy_native_parent_is_whole() {
+    a_branch_of_a_busy_parent_is_whole(Server::Native, Storage::Btrfs);
+}
+
+#[test]
+fn a_copied_branch_of_a_busy_native_parent_is_whole() {
+    a_branch_of_a_busy_parent_is_whole(Server::Native, Storage::Copy);
+}
+
+#[test]
+fn a_copied_branch_of_a_busy_native_18_parent_is_whole() {
+    a_branch_of_a_busy_parent_is_whole(Server::Native18, Storage::Copy);
+}
+
+#[test]
+fn a_copied_branch_of_a_busy_docker_parent_is_whole() {
+    a_branch_of_a_busy_parent_is_whole(Server::Docker, Storage::Copy);
+}

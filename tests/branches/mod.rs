@@ -1,0 +1,10 @@
+//! The life of branches, on every server and storage.
+
+mod damage;
+mod delete;
+mod demo;
+mod load;
+mod projects;
+mod room;
+mod story;
+mod suspend;

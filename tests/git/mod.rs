@@ -1,0 +1,6 @@
+//! What git does, and where the database is afterwards.
+
+mod checkout;
+mod hooks;
+mod names;
+mod sync;

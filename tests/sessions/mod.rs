@@ -1,0 +1,4 @@
+//! What clients see of a switch, a start, a failure.
+
+mod proxy;
+mod switch;
