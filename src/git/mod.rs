@@ -3,9 +3,29 @@
 //! The only user of `git2` and `notify`, whose types don't leave this room. It
 //! knows nothing of databases.
 
-use std::path::PathBuf;
+mod head;
+mod hooks;
+mod origin;
+mod program;
+mod reflog;
+mod refs;
+mod repo;
+mod resolve;
+#[cfg(test)]
+mod testing;
+mod watch;
 
-use crate::types::BranchName;
+use std::path::{Path, PathBuf};
+
+use crate::types::{BranchName, Invalid};
+
+pub use head::{head, operation};
+pub use hooks::{HookState, HookStatus, Installation, Installed, Uninstalled};
+pub use hooks::{install, status, uninstall};
+pub use origin::{origin, renamed_from};
+pub use repo::{branch_exists, branches, default_branch, worktrees};
+pub use resolve::nearest;
+pub use watch::{Change, Method, Watch, WatchEvent};
 
 /// Where a path stands in git's world.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,4 +90,32 @@ pub enum GitError {
         path: PathBuf,
         source: std::io::Error,
     },
+    /// git allows the name, dbranch can't carry it (not UTF-8, or too long).
+    #[error("git is on a branch dbranch can't follow: {0}")]
+    BranchName(#[from] Invalid),
+    /// `core.hooksPath` names a folder that other repositories use too.
+    #[error(
+        "git's hooks are in {}, set by core.hooksPath ({scope}): a hook there would run in other repositories too",
+        path.display()
+    )]
+    SharedHooksPath { path: PathBuf, scope: String },
+    /// `core.hooksPath` names no folder, which is how hooks are switched off.
+    #[error("git's hooks are switched off: core.hooksPath is {}", .0.display())]
+    HooksSwitchedOff(PathBuf),
+    /// The markers around dbranch's lines are no pair any more.
+    #[error("{} has dbranch's lines in pieces: {reason}", path.display())]
+    DamagedHook { path: PathBuf, reason: &'static str },
 }
+
+impl GitError {
+    fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
