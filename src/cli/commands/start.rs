@@ -4,7 +4,7 @@ use crate::api::client::Client;
 use crate::api::types::{DaemonInfo, Request};
 use crate::cli::context::{self, Context};
 use crate::cli::report::{ExitStatus, Report};
-use crate::daemon;
+use crate::daemon::{self, Ended};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -51,15 +51,26 @@ pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
 /// Is the daemon, until it is told to end.
 pub(crate) fn run_daemon(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
     if args.detached {
-        leave_the_caller();
+        drop_what_was_inherited();
     } else if let Some(client) = Client::connect(&cx.paths)? {
         let info = ping(client)?;
-        return Err(Report::refused(anyhow!("the daemon already runs ({})", who(&info)))
-            .hint("stop it with `dbranch shutdown`, or read along with `dbranch logs --daemon --follow`"));
+        return Err(already_runs(&format!(" ({})", who(&info))));
     }
-    cx.paths.create()?;
-    daemon::run(cx.paths.clone(), !args.detached)?;
-    Ok(ExitStatus::Done)
+    match daemon::run(&cx.paths, args.detached)? {
+        // Whoever started this one finds the other.
+        Ended::AlreadyRunning { .. } if args.detached => Ok(ExitStatus::Done),
+        Ended::AlreadyRunning { pid } => {
+            let pid = pid.map_or(String::new(), |pid| format!(" (pid {pid})"));
+            Err(already_runs(&pid))
+        }
+        Ended::Stopped => Ok(ExitStatus::Done),
+    }
+}
+
+fn already_runs(who: &str) -> Report {
+    Report::refused(anyhow!("the daemon already runs{who}")).hint(
+        "stop it with `dbranch shutdown`, or read along with `dbranch logs --daemon --follow`",
+    )
 }
 
 fn ping(mut client: Client) -> Result<DaemonInfo, Report> {
@@ -75,12 +86,9 @@ fn who(info: &DaemonInfo) -> String {
     )
 }
 
-/// Leaves the terminal and drops what was inherited by accident: a file that a caller holds
-/// locked would stay locked as long as the daemon lives. Nothing of this process is open yet
-/// but its standard streams.
-fn leave_the_caller() {
-    // Fails for the leader of a group, which then has no terminal to lose.
-    let _ = nix::unistd::setsid();
+/// Drops what was inherited by accident: a file that a caller holds locked would stay locked
+/// as long as the daemon lives. Nothing of this process is open yet but its standard streams.
+fn drop_what_was_inherited() {
     let Ok(open) = std::fs::read_dir("/dev/fd") else {
         return;
     };

@@ -9,7 +9,8 @@ use crate::types::BranchName;
 const EXAMPLES: &str = "\
 Examples:
   dbranch list --trash
-  dbranch undelete feature/login";
+  dbranch undelete feature/login
+  dbranch undelete feature/login --as login-old     where the name is in use again";
 
 /// Bring a branch back from the trash
 #[derive(Debug, clap::Args)]
@@ -18,12 +19,16 @@ pub(crate) struct Args {
     /// Branch to bring back
     #[arg(add = ArgValueCompleter::new(complete::trashed))]
     name: BranchName,
+    /// Name it gets [default: its own]
+    #[arg(long = "as", value_name = "NAME")]
+    rename_to: Option<BranchName>,
 }
 
 pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
     let request = Request::Undelete {
         at: cx.at()?,
         name: args.name,
+        rename_to: args.rename_to,
     };
     cx.answer(&request, |ui, branch: &BranchInfo| {
         ui.status(format_args!("brought back branch `{}`", branch.name));
