@@ -9,4 +9,5 @@ mod branches;
 mod cli;
 mod daemon;
 mod git;
+mod rooms;
 mod sessions;

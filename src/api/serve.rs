@@ -23,7 +23,11 @@ const BACKLOG: usize = 64;
 pub trait Handler: Clone + Send + Sync + 'static {
     /// Answers with the JSON of the request's answer type. The request is done to its end
     /// even if the client goes away.
-    fn handle(&self, request: Request, tell: Tell) -> impl Future<Output = Result<Value, Failure>> + Send;
+    fn handle(
+        &self,
+        request: Request,
+        tell: Tell,
+    ) -> impl Future<Output = Result<Value, Failure>> + Send;
 }
 
 /// Takes messages to the client while a request is being done.
@@ -39,10 +43,16 @@ impl Tell {
 
 /// The routes, to be served on any listener.
 pub fn router<H: Handler>(handler: H) -> Router {
-    Router::new().route("/v1/{op}", post(call::<H>)).with_state(handler)
+    Router::new()
+        .route("/v1/{op}", post(call::<H>))
+        .with_state(handler)
 }
 
-async fn call<H: Handler>(State(handler): State<H>, Path(op): Path<String>, body: Bytes) -> Response {
+async fn call<H: Handler>(
+    State(handler): State<H>,
+    Path(op): Path<String>,
+    body: Bytes,
+) -> Response {
     let request = match parse(&op, &body) {
         Ok(request) => request,
         Err(why) => return (StatusCode::BAD_REQUEST, why + "\n").into_response(),
@@ -57,7 +67,11 @@ async fn call<H: Handler>(State(handler): State<H>, Path(op): Path<String>, body
         let _ = sender.send(last).await;
     });
     let lines = ReceiverStream::new(receiver).map(|message| Ok::<_, Infallible>(line(&message)));
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+    (
+        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response()
 }
 
 fn parse(op: &str, body: &[u8]) -> Result<Request, String> {
@@ -73,8 +87,11 @@ fn parse(op: &str, body: &[u8]) -> Result<Request, String> {
 
 fn line(message: &Message) -> Bytes {
     let mut bytes = serde_json::to_vec(message).unwrap_or_else(|e| {
-        let failure =
-            Failure { kind: FailureKind::Bug, message: format!("an answer could not be written: {e}"), hint: None };
+        let failure = Failure {
+            kind: FailureKind::Bug,
+            message: format!("an answer could not be written: {e}"),
+            hint: None,
+        };
         serde_json::to_vec(&Message::Failed(failure)).expect("strings can be written as JSON")
     });
     bytes.push(b'\n');
@@ -90,9 +107,15 @@ mod tests {
         assert_eq!(parse("ping", b""), Ok(Request::Ping));
         assert_eq!(
             parse("shutdown", br#"{"stop_branches": true}"#),
-            Ok(Request::Shutdown { stop_branches: true })
+            Ok(Request::Shutdown {
+                stop_branches: true
+            })
         );
-        assert!(parse("explode", b"{}").unwrap_err().contains("unknown variant `explode`"));
+        assert!(
+            parse("explode", b"{}")
+                .unwrap_err()
+                .contains("unknown variant `explode`")
+        );
         assert!(parse("ping", b"[1]").is_err());
     }
 }

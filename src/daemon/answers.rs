@@ -3,10 +3,13 @@
 use std::time::SystemTime;
 
 use crate::api::types::{
-    Backend, BranchDetails, BranchInfo, BranchState, BranchUsage, Created, Deleted, Finding, Level, PoolUsage,
-    Switched, UrlInfo, UsageInfo,
+    Backend, BranchDetails, BranchInfo, BranchState, BranchUsage, Created, Deleted, Finding, Level,
+    PoolUsage, Switched, UrlInfo, UsageInfo,
 };
-use crate::engine::{self, BranchView, Credentials, DeletedBranch, Engine, EngineError, InstanceState, PoolView, UsageView};
+use crate::engine::{
+    self, BranchView, Credentials, DeletedBranch, Engine, EngineError, InstanceState, PoolView,
+    UsageView,
+};
 use crate::git::Location;
 use crate::registry::{BranchRecord, Stage};
 use crate::types::BackendAddress;
@@ -50,7 +53,10 @@ pub(super) async fn details(
     let view = engine.view_of(at, record)?;
     let (credentials, _) = engine.connect_info(at, Some(&record.name)).await?;
     let usage = engine.usage_of(record).await.ok();
-    let server = project.server.as_ref().ok_or_else(|| EngineError::refused("the project has no server"))?;
+    let server = project
+        .server
+        .as_ref()
+        .ok_or_else(|| EngineError::refused("the project has no server"))?;
     Ok(BranchDetails {
         info: branch(&view),
         storage: record.driver.clone(),
@@ -74,7 +80,11 @@ pub(super) async fn details(
     })
 }
 
-pub(super) fn created(engine: &Engine, at: &Location, made: &engine::Created) -> Result<Created, EngineError> {
+pub(super) fn created(
+    engine: &Engine,
+    at: &Location,
+    made: &engine::Created,
+) -> Result<Created, EngineError> {
     Ok(Created {
         branch: branch(&engine.view_of(at, &made.branch)?),
         method: made.method.clone(),
@@ -102,9 +112,12 @@ pub(super) fn deleted(deleted: DeletedBranch) -> Deleted {
     }
 }
 
-pub(super) fn usage((branches, pool): (Vec<UsageView>, Option<PoolView>)) -> Result<UsageInfo, EngineError> {
+pub(super) fn usage(
+    (branches, pool): (Vec<UsageView>, Option<PoolView>),
+) -> Result<UsageInfo, EngineError> {
     let pool = pool.ok_or_else(|| {
-        EngineError::refused("this project has no database branch yet").hint("dbranch init-postgres")
+        EngineError::refused("this project has no database branch yet")
+            .hint("dbranch init-postgres")
     })?;
     Ok(UsageInfo {
         branches: branches

@@ -22,7 +22,11 @@ impl Heads {
     pub(super) fn new(engine: Engine) -> Result<Self, GitError> {
         let (watch, events) = Watch::new()?;
         let task = tokio::spawn(follow(engine.clone(), events));
-        Ok(Self { engine, watch: Arc::new(watch), task: Arc::new(task) })
+        Ok(Self {
+            engine,
+            watch: Arc::new(watch),
+            task: Arc::new(task),
+        })
     }
 
     pub(super) fn watch_all(&self) {

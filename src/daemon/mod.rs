@@ -7,6 +7,7 @@ mod answers;
 mod heads;
 mod ports;
 mod requests;
+mod tcp;
 
 use std::io::IsTerminal;
 use std::os::unix::fs::PermissionsExt;
@@ -40,13 +41,9 @@ pub enum Ended {
     AlreadyRunning { pid: Option<u32> },
 }
 
-/// Runs the daemon until it is told to stop. `detached` frees it from the terminal.
-pub fn run(paths: &Paths, detached: bool) -> anyhow::Result<Ended> {
+/// Runs the daemon until it is told to stop.
+pub fn run(paths: &Paths) -> anyhow::Result<Ended> {
     paths.create()?;
-    if detached {
-        // Fails only where the process leads a group, and then has no need of it.
-        let _ = nix::unistd::setsid();
-    }
     log_to_stderr();
     let _lock = match LockFile::acquire(&paths.lock_file()) {
         Ok(lock) => lock,
@@ -72,20 +69,29 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
     let socket = paths.daemon_socket();
     // The lock is ours, so whatever lies there is dead.
     let _ = std::fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
+    let listener =
+        UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("restrict {}", socket.display()))?;
 
     engine.recover().await?;
     let heads = heads::Heads::new(engine.clone())?;
     heads.watch_all();
-    info!(pid = std::process::id(), version = env!("CARGO_PKG_VERSION"), "dbranch is up");
+    info!(
+        pid = std::process::id(),
+        version = env!("CARGO_PKG_VERSION"),
+        "dbranch is up"
+    );
 
     let requests = Requests::new(engine.clone(), paths.clone(), heads.clone(), stop.clone());
+    let tcp = tcp::TcpApi::new(serve::router(requests.clone()), paths, stop.child_token())?;
+    tcp.listen_on(&engine.api_ports());
     let serving = tokio::spawn({
         let stop = stop.clone();
         async move {
-            axum::serve(listener, serve::router(requests)).with_graceful_shutdown(stop.cancelled_owned()).await
+            axum::serve(listener, serve::router(requests.with_tcp(tcp)))
+                .with_graceful_shutdown(stop.cancelled_owned())
+                .await
         }
     });
     let engine_of_trash = engine.clone();
@@ -124,8 +130,10 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
 /// SIGTERM or SIGINT. A second one ends the process at once, by the default action.
 async fn told_by_signal() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         return std::future::pending().await;
     };
     tokio::select! {

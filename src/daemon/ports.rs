@@ -62,11 +62,17 @@ impl ProxyPorts {
         if open.get(&key).is_some_and(|o| o.port == port) {
             return Ok(());
         }
-        let listener =
-            Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).map_err(|e| e.to_string())?;
+        let listener = Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+            .map_err(|e| e.to_string())?;
         let stop = self.stop.child_token();
-        let router = Arc::new(EndpointRouter { engine, key: key.clone() });
-        tokio::spawn(self.proxy.serve(listener, router, stop.clone(), self.sessions.clone()));
+        let router = Arc::new(EndpointRouter {
+            engine,
+            key: key.clone(),
+        });
+        tokio::spawn(
+            self.proxy
+                .serve(listener, router, stop.clone(), self.sessions.clone()),
+        );
         if let Some(before) = open.insert(key, Open { port, stop }) {
             before.stop.cancel();
         }
@@ -84,7 +90,12 @@ impl Ports for ProxyPorts {
     }
 
     fn close(&self, endpoint: &EndpointKey) {
-        if let Some(open) = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(endpoint) {
+        if let Some(open) = self
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(endpoint)
+        {
             open.stop.cancel();
         }
     }

@@ -8,13 +8,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::answers;
 use super::heads::Heads;
+use super::tcp::TcpApi;
 use crate::api::serve::{Handler, Tell};
 use crate::api::types::{
-    Allowed, At, DaemonInfo, DaemonRef, Failure, FailureKind, HookOutcome, LogInfo, Message, ProjectDeleted,
-    ProjectInfo, Request, StatusInfo, Stopped, Synced, UseTarget,
+    Allowed, At, DaemonInfo, DaemonRef, Failure, FailureKind, HookOutcome, LogInfo, Message,
+    ProjectDeleted, ProjectInfo, Request, StatusInfo, Stopped, Synced, UseTarget,
 };
 use crate::config::Paths;
-use crate::engine::{Engine, EngineError, InitRequest, InstanceState, Kind, Report, Reporter, Target, Urge};
+use crate::engine::{
+    Engine, EngineError, InitRequest, InstanceState, Kind, Report, Reporter, Target, Urge,
+};
 use crate::git::Location;
 use crate::types::BranchName;
 
@@ -24,19 +27,38 @@ pub(super) struct Requests {
     paths: Paths,
     heads: Heads,
     stop: CancellationToken,
+    tcp: Option<TcpApi>,
 }
 
 type Answer = Result<Value, EngineError>;
 
 impl Handler for Requests {
-    fn handle(&self, request: Request, tell: Tell) -> impl Future<Output = Result<Value, Failure>> + Send {
+    fn handle(
+        &self,
+        request: Request,
+        tell: Tell,
+    ) -> impl Future<Output = Result<Value, Failure>> + Send {
         async move { self.answer(request, tell).await.map_err(failure) }
     }
 }
 
 impl Requests {
     pub(super) fn new(engine: Engine, paths: Paths, heads: Heads, stop: CancellationToken) -> Self {
-        Self { engine, paths, heads, stop }
+        Self {
+            engine,
+            paths,
+            heads,
+            stop,
+            tcp: None,
+        }
+    }
+
+    /// The api's ports follow what these requests change.
+    pub(super) fn with_tcp(self, tcp: TcpApi) -> Self {
+        Self {
+            tcp: Some(tcp),
+            ..self
+        }
     }
 
     async fn answer(&self, request: Request, tell: Tell) -> Answer {
@@ -55,9 +77,16 @@ impl Requests {
                 projects: engine.projects()?.len(),
             }),
             Request::Shutdown { stop_branches } => {
-                let stopped = if stop_branches { engine.stop_all().await? } else { 0 };
+                let stopped = if stop_branches {
+                    engine.stop_all().await?
+                } else {
+                    0
+                };
                 self.stop.cancel();
-                json(Stopped { instances_stopped: stopped, instances_left: engine.running() })
+                json(Stopped {
+                    instances_stopped: stopped,
+                    instances_left: engine.running(),
+                })
             }
             Request::Register { at } => {
                 let registered = engine.register(&place(at)).await?;
@@ -65,17 +94,41 @@ impl Requests {
                     to.notice(note);
                 }
                 self.heads.watch(&registered.project.common_dir);
-                json(self.project_info(&registered.project, registered.new, registered.moved_from)?)
+                self.renew_api_ports();
+                json(self.project_info(
+                    &registered.project,
+                    registered.new,
+                    registered.moved_from,
+                )?)
             }
             Request::Projects => {
-                let all: Result<Vec<_>, _> =
-                    engine.projects()?.iter().map(|p| self.project_info(p, false, None)).collect();
+                let all: Result<Vec<_>, _> = engine
+                    .projects()?
+                    .iter()
+                    .map(|p| self.project_info(p, false, None))
+                    .collect();
                 json(all?)
             }
-            Request::InitPostgres { at, branch, storage, runtime, pool } => {
+            Request::InitPostgres {
+                at,
+                branch,
+                storage,
+                runtime,
+                pool,
+            } => {
                 let at = place(at);
-                let created =
-                    engine.init_postgres(&at, InitRequest { name: branch, storage, runtime, pool }, to).await?;
+                let created = engine
+                    .init_postgres(
+                        &at,
+                        InitRequest {
+                            name: branch,
+                            storage,
+                            runtime,
+                            pool,
+                        },
+                        to,
+                    )
+                    .await?;
                 json(answers::created(engine, &at, &created)?)
             }
             Request::Create { at, name, from } => {
@@ -95,7 +148,11 @@ impl Requests {
                 }
                 let switched = followed.switched.as_ref().ok_or_else(|| {
                     EngineError::refused(
-                        followed.notes.first().cloned().unwrap_or_else(|| "there was nothing to switch to".into()),
+                        followed
+                            .notes
+                            .first()
+                            .cloned()
+                            .unwrap_or_else(|| "there was nothing to switch to".into()),
                     )
                     .hint("dbranch list, then dbranch use NAME")
                 })?;
@@ -112,11 +169,20 @@ impl Requests {
             }
             Request::Status { at } => json(self.status(&place(at))?),
             Request::Usage { at } => json(answers::usage(engine.usage(&place(at)).await?)?),
-            Request::Delete { at, name, now, force } => {
+            Request::Delete {
+                at,
+                name,
+                now,
+                force,
+            } => {
                 let deleted = engine.delete(&place(at), &name, now, force).await?;
                 json(answers::deleted(deleted))
             }
-            Request::Undelete { at, name, rename_to } => {
+            Request::Undelete {
+                at,
+                name,
+                rename_to,
+            } => {
                 let at = place(at);
                 let branch = engine.undelete(&at, &name, rename_to.as_ref()).await?;
                 json(answers::branch(&engine.view_of(&at, &branch)?))
@@ -124,7 +190,12 @@ impl Requests {
             Request::DeleteProject { at, now } => {
                 let (project, branches) = engine.delete_project(&place(at), now).await?;
                 self.heads.forget(&project.common_dir);
-                json(ProjectDeleted { name: project.name, branches, destroyed: now })
+                self.renew_api_ports();
+                json(ProjectDeleted {
+                    name: project.name,
+                    branches,
+                    destroyed: now,
+                })
             }
             Request::Stop { at, name, all } => self.stop_branches(&place(at), name, all).await,
             Request::Resume { at, name } => {
@@ -135,7 +206,12 @@ impl Requests {
             }
             Request::Sync { at, dry_run } => {
                 let found = engine.sync(&place(at), dry_run, to).await?;
-                json(Synced { actions: found.actions, notes: found.notes, dry_run })
+                self.renew_api_ports();
+                json(Synced {
+                    actions: found.actions,
+                    notes: found.notes,
+                    dry_run,
+                })
             }
             Request::Url { at, name } => {
                 let (credentials, branch) = engine.connect_info(&place(at), name.as_ref()).await?;
@@ -143,11 +219,17 @@ impl Requests {
             }
             Request::Logs { at, name } => {
                 let branch = self.named_or_shown(&place(at), name).await?;
-                json(LogInfo { log_file: engine.log_file(&branch), branch: branch.name })
+                json(LogInfo {
+                    log_file: engine.log_file(&branch),
+                    branch: branch.name,
+                })
             }
             Request::Allow { at } => {
                 let (after_create, after_switch) = engine.allow(&place(at))?;
-                json(Allowed { after_create, after_switch })
+                json(Allowed {
+                    after_create,
+                    after_switch,
+                })
             }
             Request::Hook { at } => self.hook(place(at), to).await,
             Request::Doctor { at } => {
@@ -158,10 +240,20 @@ impl Requests {
         }
     }
 
+    fn renew_api_ports(&self) {
+        if let Some(tcp) = &self.tcp {
+            tcp.listen_on(&self.engine.api_ports());
+        }
+    }
+
     async fn hook(&self, at: Location, to: Reporter) -> Answer {
         let followed = self.engine.follow(&at, Urge::Word, to).await?;
         json(HookOutcome {
-            created: followed.created.as_ref().map(|c| answers::created(&self.engine, &at, c)).transpose()?,
+            created: followed
+                .created
+                .as_ref()
+                .map(|c| answers::created(&self.engine, &at, c))
+                .transpose()?,
             switched: followed.switched.as_ref().map(answers::switched),
             notes: followed.notes,
         })
@@ -169,7 +261,11 @@ impl Requests {
 
     async fn stop_branches(&self, at: &Location, name: Option<BranchName>, all: bool) -> Answer {
         let branches = if all {
-            self.engine.list(at, false)?.into_iter().map(|view| view.record).collect()
+            self.engine
+                .list(at, false)?
+                .into_iter()
+                .map(|view| view.record)
+                .collect()
         } else {
             vec![self.named_or_shown(at, name).await?]
         };
@@ -191,7 +287,8 @@ impl Requests {
         }
         let project = self.engine.project(at)?;
         self.engine.shown_at(&project, at)?.ok_or_else(|| {
-            EngineError::refused("no branch is active here").hint("name one; `dbranch list` shows them")
+            EngineError::refused("no branch is active here")
+                .hint("name one; `dbranch list` shows them")
         })
     }
 
@@ -199,15 +296,23 @@ impl Requests {
         let project = self.engine.project(at)?;
         let views = self.engine.list(at, false)?;
         let shown = self.engine.shown_at(&project, at)?;
-        let view = shown.as_ref().and_then(|s| views.iter().find(|v| v.record.id == s.id));
+        let view = shown
+            .as_ref()
+            .and_then(|s| views.iter().find(|v| v.record.id == s.id));
         Ok(StatusInfo {
             branch: shown.as_ref().map(|b| b.name.clone()),
             git_branch: Engine::git_branch(at).map(Into::into),
             proxy_port: project.proxy_port,
-            daemon: DaemonRef { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").into() },
+            daemon: DaemonRef {
+                pid: std::process::id(),
+                version: env!("CARGO_PKG_VERSION").into(),
+            },
             state: view.map(|v| answers::state(&v.state, &v.record)),
             branches: views.len(),
-            running: views.iter().filter(|v| matches!(v.state, InstanceState::Running(_))).count(),
+            running: views
+                .iter()
+                .filter(|v| matches!(v.state, InstanceState::Running(_)))
+                .count(),
             sessions: views.iter().map(|v| v.sessions).sum(),
             storage: shown.map(|b| b.driver),
             runtime: project.server.as_ref().map(|s| s.runtime.clone()),
@@ -237,14 +342,27 @@ impl Requests {
 /// The api's place as git's. The main worktree is asked of git: clients only know their own.
 fn place(at: At) -> Location {
     if at.git_dir == at.common_dir {
-        return Location { common_dir: at.common_dir, git_dir: at.git_dir, main_worktree: at.worktree.clone(), worktree: at.worktree };
+        return Location {
+            common_dir: at.common_dir,
+            git_dir: at.git_dir,
+            main_worktree: at.worktree.clone(),
+            worktree: at.worktree,
+        };
     }
-    let main_worktree = Location::from_common_dir(&at.common_dir).ok().and_then(|main| main.worktree);
-    Location { common_dir: at.common_dir, git_dir: at.git_dir, worktree: at.worktree, main_worktree }
+    let main_worktree = Location::from_common_dir(&at.common_dir)
+        .ok()
+        .and_then(|main| main.worktree);
+    Location {
+        common_dir: at.common_dir,
+        git_dir: at.git_dir,
+        worktree: at.worktree,
+        main_worktree,
+    }
 }
 
 fn json(answer: impl Serialize) -> Answer {
-    serde_json::to_value(answer).map_err(|e| EngineError::refused(format!("an answer could not be written: {e}")))
+    serde_json::to_value(answer)
+        .map_err(|e| EngineError::refused(format!("an answer could not be written: {e}")))
 }
 
 fn failure(e: EngineError) -> Failure {
@@ -253,5 +371,9 @@ fn failure(e: EngineError) -> Failure {
         Kind::Config => FailureKind::Config,
         Kind::Bug => FailureKind::Bug,
     };
-    Failure { kind, message: e.message, hint: e.hint }
+    Failure {
+        kind,
+        message: e.message,
+        hint: e.hint,
+    }
 }

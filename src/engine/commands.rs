@@ -29,7 +29,9 @@ impl Engine {
         branch: &BranchRecord,
         outcome: &Followed,
     ) {
-        let Ok(config) = Self::config(project) else { return };
+        let Ok(config) = Self::config(project) else {
+            return;
+        };
         let mut due = Vec::new();
         if outcome.created.is_some() {
             due.extend(config.commands.after_create.clone());
@@ -40,9 +42,16 @@ impl Engine {
         if due.is_empty() || !self.are_allowed(project) {
             return;
         }
-        let parent = outcome.created.as_ref().and_then(|c| c.parent.as_ref()).map(ToString::to_string);
+        let parent = outcome
+            .created
+            .as_ref()
+            .and_then(|c| c.parent.as_ref())
+            .map(ToString::to_string);
         let (engine, branch, project) = (self.clone(), branch.clone(), project.clone());
-        let dir = location.worktree.clone().or_else(|| location.main_worktree.clone());
+        let dir = location
+            .worktree
+            .clone()
+            .or_else(|| location.main_worktree.clone());
         self.0.tasks.spawn(async move {
             if let Err(e) = engine.run_all(&project, &branch, parent, dir, due).await {
                 warn!(branch = %branch.name, "commands: {e}");
@@ -75,7 +84,9 @@ impl Engine {
                 .append(true)
                 .open(&log)
                 .map_err(|e| EngineError::io("open", &log, &e))?;
-            let errors = file.try_clone().map_err(|e| EngineError::io("open", &log, &e))?;
+            let errors = file
+                .try_clone()
+                .map_err(|e| EngineError::io("open", &log, &e))?;
             let mut process = tokio::process::Command::new("sh");
             process
                 .args(["-c", &command])
@@ -94,7 +105,10 @@ impl Engine {
                 .await
                 .map_err(|e| EngineError::refused(format!("run `{command}`: {e}")))?;
             if !status.success() {
-                return Err(EngineError::refused(format!("`{command}` ended with {status}; see {}", log.display())));
+                return Err(EngineError::refused(format!(
+                    "`{command}` ended with {status}; see {}",
+                    log.display()
+                )));
             }
             info!(branch = %branch.name, command, "ran");
         }

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 use tracing::{info, warn};
 
 use super::instances::{Live, Slot};
-use super::{ADMIN, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point, data_dir};
+use super::{
+    ADMIN, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point, data_dir,
+};
 use crate::git::Location;
 use crate::postgres::{self, CONTROL_FILE};
 use crate::registry::{BranchRecord, ProjectRecord, ServerRecord, Stage};
@@ -38,24 +40,46 @@ pub struct InitRequest {
 
 impl Engine {
     /// Makes a project's first branch with a new, empty database.
-    pub async fn init_postgres(&self, location: &Location, request: InitRequest, to: Reporter) -> Result<Created> {
+    pub async fn init_postgres(
+        &self,
+        location: &Location,
+        request: InitRequest,
+        to: Reporter,
+    ) -> Result<Created> {
         let (engine, location) = (self.clone(), location.clone());
-        self.detached(async move { engine.init_in_task(&location, request, &to).await }).await
+        self.detached(async move { engine.init_in_task(&location, request, &to).await })
+            .await
     }
 
-    async fn init_in_task(&self, location: &Location, request: InitRequest, to: &Reporter) -> Result<Created> {
+    async fn init_in_task(
+        &self,
+        location: &Location,
+        request: InitRequest,
+        to: &Reporter,
+    ) -> Result<Created> {
         let begun = Instant::now();
         let mut project = self.project_at(location)?;
         let config = Self::config(&project)?;
-        let live: Vec<_> =
-            self.0.registry.branches(&project.id)?.into_iter().filter(|b| b.trashed_at.is_none()).collect();
+        let live: Vec<_> = self
+            .0
+            .registry
+            .branches(&project.id)?
+            .into_iter()
+            .filter(|b| b.trashed_at.is_none())
+            .collect();
         if let Some(first) = live.first() {
             let (what, hint) = match first.stage {
                 Stage::Creating => ("is being made", "dbranch list".into()),
-                _ => ("exists already", "dbranch list, or git checkout -b NAME for another branch".to_owned()),
+                _ => (
+                    "exists already",
+                    "dbranch list, or git checkout -b NAME for another branch".to_owned(),
+                ),
             };
-            return Err(EngineError::refused(format!("this project's first branch `{}` {what}", first.name))
-                .hint(hint));
+            return Err(EngineError::refused(format!(
+                "this project's first branch `{}` {what}",
+                first.name
+            ))
+            .hint(hint));
         }
         let name = match request.name {
             Some(name) => name,
@@ -63,13 +87,20 @@ impl Engine {
         };
 
         let machine = &self.0.machine;
-        let choice: Choice = request.storage.as_deref().unwrap_or(&machine.storage.value).parse().map_err(
-            |e: crate::types::Invalid| EngineError::config(e.to_string()).hint("set DBRANCH_STORAGE to auto, btrfs or copy"),
-        )?;
+        let choice: Choice = request
+            .storage
+            .as_deref()
+            .unwrap_or(&machine.storage.value)
+            .parse()
+            .map_err(|e: crate::types::Invalid| {
+                EngineError::config(e.to_string())
+                    .hint("set DBRANCH_STORAGE to auto, btrfs or copy")
+            })?;
         let kind = match request.runtime.as_deref().unwrap_or(&machine.runtime.value) {
             "auto" => None,
             name => Some(name.parse::<RuntimeKind>().map_err(|e| {
-                EngineError::config(e.to_string()).hint("set DBRANCH_RUNTIME to auto, docker or native")
+                EngineError::config(e.to_string())
+                    .hint("set DBRANCH_RUNTIME to auto, docker or native")
             })?),
         };
         let pool = request.pool.unwrap_or_else(|| self.pool());
@@ -120,7 +151,10 @@ impl Engine {
             port_is_free,
         )?;
         crash_point("init:intent");
-        if let Err(e) = self.make_root(&slot, &mut live, &project, &branch, &chosen.server).await {
+        if let Err(e) = self
+            .make_root(&slot, &mut live, &project, &branch, &chosen.server)
+            .await
+        {
             self.undo(&slot, &mut live, &branch).await;
             return Err(e);
         }
@@ -128,7 +162,13 @@ impl Engine {
         self.publish(&branch).await;
         self.show_where_head_is(location, &branch).await?;
         info!(branch = %name, storage = %branch.driver, runtime = %server.runtime, "made the first branch");
-        Ok(Created { branch, parent: None, method: "initdb".into(), server, took: begun.elapsed() })
+        Ok(Created {
+            branch,
+            parent: None,
+            method: "initdb".into(),
+            server,
+            took: begun.elapsed(),
+        })
     }
 
     async fn make_root(
@@ -146,7 +186,8 @@ impl Engine {
         let maker = driver.clone();
         let data_dir = blocking(move || {
             let dir = data_dir(&maker.create_volume(&volume_id)?);
-            crate::fsx::make_folder(&dir, 0o700, owner).map_err(|e| EngineError::io("make", &dir, &e))?;
+            crate::fsx::make_folder(&dir, 0o700, owner)
+                .map_err(|e| EngineError::io("make", &dir, &e))?;
             Ok(dir)
         })
         .await?;
@@ -154,7 +195,12 @@ impl Engine {
         // initdb reads the password as the owner of the data, who can't read our secrets.
         let admin_password = self.password(&project.id, Secret::Admin)?;
         let password_file = driver.volume_path(&branch.volume).join("password");
-        crate::fsx::write_atomic(&password_file, admin_password.reveal().as_bytes(), 0o600, self.give_to())
+        crate::fsx::write_atomic(
+            &password_file,
+            admin_password.reveal().as_bytes(),
+            0o600,
+            self.give_to(),
+        )
         .map_err(|e| EngineError::io("write", &password_file, &e))?;
         let made = runtime
             .init_cluster(&InitSpec {
@@ -166,14 +212,22 @@ impl Engine {
                 locale: config.postgres.locale.clone(),
             })
             .await;
-        std::fs::remove_file(&password_file).map_err(|e| EngineError::io("remove", &password_file, &e))?;
+        std::fs::remove_file(&password_file)
+            .map_err(|e| EngineError::io("remove", &password_file, &e))?;
         made?;
         crash_point("init:cluster");
 
         self.launch(slot, live, branch).await?;
         let role_password = self.password(&project.id, Secret::Role)?;
         let admin = self.admin(live, branch).await?;
-        admin.set_up(&config.postgres.user, &role_password, &config.postgres.database, None).await?;
+        admin
+            .set_up(
+                &config.postgres.user,
+                &role_password,
+                &config.postgres.database,
+                None,
+            )
+            .await?;
         admin.checkpoint_if_written().await?;
         self.0.registry.set_stage(&branch.id, Stage::Ready)?;
         self.0.registry.set_started(&branch.id)?;
@@ -189,7 +243,8 @@ impl Engine {
         to: Reporter,
     ) -> Result<Created> {
         let (engine, project, parent) = (self.clone(), project.clone(), parent.clone());
-        self.detached(async move { engine.create_in_task(&project, name, &parent, &to).await }).await
+        self.detached(async move { engine.create_in_task(&project, name, &parent, &to).await })
+            .await
     }
 
     /// Makes a branch without switching to it, from the parent named or the one that is shown.
@@ -205,11 +260,16 @@ impl Engine {
             Some(from) => self.must_find(&project, from).await?,
             None => match self.shown_at(&project, location)? {
                 Some(shown) => shown,
-                None => self.find_parent(&project, location, &name)?.ok_or_else(EngineError::no_root)?,
+                None => self
+                    .find_parent(&project, location, &name)?
+                    .ok_or_else(EngineError::no_root)?,
             },
         };
         let created = self.create(&project, name, &parent, to).await?;
-        let outcome = super::Followed { created: Some(created.clone()), ..super::Followed::default() };
+        let outcome = super::Followed {
+            created: Some(created.clone()),
+            ..super::Followed::default()
+        };
         self.run_commands(&project, location, &created.branch, &outcome);
         Ok(created)
     }
@@ -277,12 +337,26 @@ impl Engine {
         info!(branch = %name, parent = %parent.name, method, ms = took.as_millis(), "made a branch");
         self.wake_in_background(&id);
         self.publish(&branch).await;
-        let branch = BranchRecord { stage: Stage::Ready, ..branch };
-        Ok(Created { branch, parent: Some(parent.name.clone()), method, server, took })
+        let branch = BranchRecord {
+            stage: Stage::Ready,
+            ..branch
+        };
+        Ok(Created {
+            branch,
+            parent: Some(parent.name.clone()),
+            method,
+            server,
+            took,
+        })
     }
 
     /// Clones the parent's data while the parent's slot keeps everyone else from stopping or starting it.
-    async fn clone_data(&self, parent: &BranchRecord, child: &BranchRecord, to: &Reporter) -> Result<CloneMethod> {
+    async fn clone_data(
+        &self,
+        parent: &BranchRecord,
+        child: &BranchRecord,
+        to: &Reporter,
+    ) -> Result<CloneMethod> {
         let slot = self.slot(&parent.id);
         let mut live = slot.turn().await;
         let parent = self
@@ -299,13 +373,22 @@ impl Engine {
         let cloner = driver.clone();
         let clone = move |omit: Omit| {
             blocking(move || {
-                Ok(cloner.clone_volume(&from, &into, omit, &|done, total| reporter.progress(&what, done, total))?)
+                Ok(cloner.clone_volume(&from, &into, omit, &|done, total| {
+                    reporter.progress(&what, done, total)
+                })?)
             })
         };
         let method = match (live.is_running(), driver.consistency()) {
             (true, Consistency::Atomic) => {
                 // Without it the clone is right too, only slower to start.
-                let checkpoint = async { Ok::<_, EngineError>(self.admin(&mut live, &parent).await?.checkpoint_if_written().await?) };
+                let checkpoint = async {
+                    Ok::<_, EngineError>(
+                        self.admin(&mut live, &parent)
+                            .await?
+                            .checkpoint_if_written()
+                            .await?,
+                    )
+                };
                 if let Err(e) = checkpoint.await {
                     warn!(branch = %parent.name, "checkpoint before a clone: {e}");
                 }
@@ -315,11 +398,15 @@ impl Engine {
                 self.admin(&mut live, &parent).await?;
                 let mut backup = live.take_admin()?.start_backup().await?;
                 let method = clone(Omit(postgres::omit)).await?;
-                self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()]).await?;
+                self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()])
+                    .await?;
                 let label = backup.stop().await?;
-                self.catch_up(&driver, &parent, child, label.wal_files().collect()).await?;
-                let (data_dir, owner) = (data_dir(&driver.volume_path(&child.volume)), self.give_to());
-                blocking(move || Ok(postgres::write_backup_label(&data_dir, &label, owner)?)).await?;
+                self.catch_up(&driver, &parent, child, label.wal_files().collect())
+                    .await?;
+                let (data_dir, owner) =
+                    (data_dir(&driver.volume_path(&child.volume)), self.give_to());
+                blocking(move || Ok(postgres::write_backup_label(&data_dir, &label, owner)?))
+                    .await?;
                 live.give_admin(backup.end().await?);
                 method
             }
@@ -372,10 +459,14 @@ impl Engine {
         use crate::git::Head;
         match crate::git::head(&location.git_dir)? {
             Head::Branch(name) | Head::Unborn(name) => Ok(name),
-            Head::Detached(_) => crate::git::default_branch(&location.common_dir)?.ok_or_else(|| {
-                EngineError::refused("HEAD is detached, so there is no branch to name the database after")
+            Head::Detached(_) => {
+                crate::git::default_branch(&location.common_dir)?.ok_or_else(|| {
+                    EngineError::refused(
+                        "HEAD is detached, so there is no branch to name the database after",
+                    )
                     .hint("git switch main, then dbranch init-postgres")
-            }),
+                })
+            }
         }
     }
 }
@@ -390,7 +481,11 @@ pub(crate) fn human_bytes(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
 }
 
 fn port_is_free(port: u16) -> bool {

@@ -25,12 +25,20 @@ pub struct DeletedBranch {
 
 impl Engine {
     /// Moves a branch to the trash, or with `now` destroys it. One that is in use is spared without `force`.
-    pub async fn delete(&self, location: &Location, name: &BranchName, now: bool, force: bool) -> Result<DeletedBranch> {
+    pub async fn delete(
+        &self,
+        location: &Location,
+        name: &BranchName,
+        now: bool,
+        force: bool,
+    ) -> Result<DeletedBranch> {
         let project = self.project_at(location)?;
         let branch = match self.find_settled(&project, name).await? {
             Some(branch) => branch,
             // `delete --now` of what lies in the trash already empties the trash of it.
-            None if now => self.trashed(&project, name)?.ok_or_else(|| self.no_such_branch(&project, name))?,
+            None if now => self
+                .trashed(&project, name)?
+                .ok_or_else(|| self.no_such_branch(&project, name))?,
             None => return Err(self.no_such_branch(&project, name)),
         };
         if !force {
@@ -38,7 +46,11 @@ impl Engine {
         }
         let engine = self.clone();
         self.detached(async move {
-            if now { engine.destroy(&branch).await } else { engine.trash(&branch).await }
+            if now {
+                engine.destroy(&branch).await
+            } else {
+                engine.trash(&branch).await
+            }
         })
         .await
     }
@@ -48,12 +60,21 @@ impl Engine {
         let why = if self.shown_anywhere(&branch.id) {
             "it is the active one".to_owned()
         } else if sessions > 0 {
-            format!("it has {sessions} open {}", if sessions == 1 { "session" } else { "sessions" })
+            format!(
+                "it has {sessions} open {}",
+                if sessions == 1 { "session" } else { "sessions" }
+            )
         } else {
             return Ok(());
         };
-        Err(EngineError::refused(format!("branch `{}` is in use: {why}", branch.name))
-            .hint(format!("git switch to another branch first, or dbranch delete --force {}", branch.name)))
+        Err(
+            EngineError::refused(format!("branch `{}` is in use: {why}", branch.name)).hint(
+                format!(
+                    "git switch to another branch first, or dbranch delete --force {}",
+                    branch.name
+                ),
+            ),
+        )
     }
 
     async fn trash(&self, branch: &BranchRecord) -> Result<DeletedBranch> {
@@ -61,11 +82,17 @@ impl Engine {
         let mut live = slot.turn().await;
         crash_point("trash:intent");
         let at = SystemTime::now();
-        self.0.registry.set_trashed(std::slice::from_ref(&branch.id), Some(at))?;
+        self.0
+            .registry
+            .set_trashed(std::slice::from_ref(&branch.id), Some(at))?;
         self.withdraw(branch);
         self.stop_in_turn(&slot, &mut live, StopMode::Fast).await?;
         info!(branch = %branch.name, "moved to the trash");
-        Ok(DeletedBranch { name: branch.name.clone(), destroyed: false, expires_at: Some(at + TRASH_KEEPS) })
+        Ok(DeletedBranch {
+            name: branch.name.clone(),
+            destroyed: false,
+            expires_at: Some(at + TRASH_KEEPS),
+        })
     }
 
     /// Destroys a branch on the user's explicit word, or when the trash has kept it long enough.
@@ -75,12 +102,17 @@ impl Engine {
         self.0.registry.set_stage(&branch.id, Stage::Deleting)?;
         crash_point("delete:intent");
         self.withdraw(branch);
-        self.stop_in_turn(&slot, &mut live, StopMode::Immediate).await?;
+        self.stop_in_turn(&slot, &mut live, StopMode::Immediate)
+            .await?;
         self.erase(branch).await?;
         drop(live);
         self.drop_slot(&branch.id);
         info!(branch = %branch.name, "destroyed");
-        Ok(DeletedBranch { name: branch.name.clone(), destroyed: true, expires_at: None })
+        Ok(DeletedBranch {
+            name: branch.name.clone(),
+            destroyed: true,
+            expires_at: None,
+        })
     }
 
     /// Takes a branch off every endpoint.
@@ -110,7 +142,9 @@ impl Engine {
     fn trashed(&self, project: &ProjectRecord, name: &BranchName) -> Result<Option<BranchRecord>> {
         let mut branches = self.0.registry.branches(&project.id)?;
         branches.retain(|b| {
-            b.trashed_at.is_some() && b.stage == Stage::Ready && (b.name == *name || b.id.as_str() == name.as_str())
+            b.trashed_at.is_some()
+                && b.stage == Stage::Ready
+                && (b.name == *name || b.id.as_str() == name.as_str())
         });
         Ok(branches.into_iter().max_by_key(|b| b.trashed_at))
     }
@@ -124,25 +158,38 @@ impl Engine {
     ) -> Result<BranchRecord> {
         let project = self.project_at(location)?;
         let branch = self.trashed(&project, name)?.ok_or_else(|| {
-            EngineError::refused(format!("no branch `{name}` lies in the trash")).hint("dbranch list --trash")
+            EngineError::refused(format!("no branch `{name}` lies in the trash"))
+                .hint("dbranch list --trash")
         })?;
         let name = rename_to.unwrap_or(&branch.name);
         if self.0.registry.branch_named(&project.id, name)?.is_some() {
-            return Err(EngineError::refused(format!("there is a branch `{name}` again"))
-                .hint(format!("dbranch undelete {} --as OTHER-NAME", branch.id)));
+            return Err(
+                EngineError::refused(format!("there is a branch `{name}` again"))
+                    .hint(format!("dbranch undelete {} --as OTHER-NAME", branch.id)),
+            );
         }
         if *name != branch.name {
             self.0.registry.rename_branch(&branch.id, name)?;
         }
-        self.0.registry.set_trashed(std::slice::from_ref(&branch.id), None)?;
-        let branch = BranchRecord { name: name.clone(), trashed_at: None, ..branch };
+        self.0
+            .registry
+            .set_trashed(std::slice::from_ref(&branch.id), None)?;
+        let branch = BranchRecord {
+            name: name.clone(),
+            trashed_at: None,
+            ..branch
+        };
         self.publish(&branch).await;
         info!(branch = %branch.name, "back from the trash");
         Ok(branch)
     }
 
     /// Forgets a project. Its branches go to the trash, or with `now` are destroyed.
-    pub async fn delete_project(&self, location: &Location, now: bool) -> Result<(ProjectRecord, Vec<BranchName>)> {
+    pub async fn delete_project(
+        &self,
+        location: &Location,
+        now: bool,
+    ) -> Result<(ProjectRecord, Vec<BranchName>)> {
         let mut project = self.project_at(location)?;
         let mut names = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
@@ -150,7 +197,11 @@ impl Engine {
                 names.push(branch.name.clone());
                 let engine = self.clone();
                 self.detached(async move {
-                    if now { engine.destroy(&branch).await } else { engine.trash(&branch).await }
+                    if now {
+                        engine.destroy(&branch).await
+                    } else {
+                        engine.trash(&branch).await
+                    }
                 })
                 .await?;
             }
@@ -177,10 +228,13 @@ impl Engine {
     pub async fn empty_trash(&self) -> Result<()> {
         for project in self.0.registry.projects()? {
             for branch in self.0.registry.branches(&project.id)? {
-                let old = branch.trashed_at.is_some_and(|at| at.elapsed().is_ok_and(|age| age > TRASH_KEEPS));
+                let old = branch
+                    .trashed_at
+                    .is_some_and(|at| at.elapsed().is_ok_and(|age| age > TRASH_KEEPS));
                 if old {
                     let engine = self.clone();
-                    self.detached(async move { engine.destroy(&branch).await }).await?;
+                    self.detached(async move { engine.destroy(&branch).await })
+                        .await?;
                 }
             }
             self.remove_if_empty(&project)?;
@@ -200,6 +254,9 @@ impl Engine {
 
     /// How many instances run.
     pub fn running(&self) -> usize {
-        super::lock(&self.0.slots).values().filter(|s| matches!(s.state(), InstanceState::Running(_))).count()
+        super::lock(&self.0.slots)
+            .values()
+            .filter(|s| matches!(s.state(), InstanceState::Running(_)))
+            .count()
     }
 }

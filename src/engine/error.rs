@@ -31,11 +31,19 @@ pub struct EngineError {
 
 impl EngineError {
     pub(crate) fn refused(message: impl Into<String>) -> Self {
-        Self { kind: Kind::Refused, message: message.into(), hint: None }
+        Self {
+            kind: Kind::Refused,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     pub(crate) fn config(message: impl Into<String>) -> Self {
-        Self { kind: Kind::Config, message: message.into(), hint: None }
+        Self {
+            kind: Kind::Config,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     pub(crate) fn bug(message: impl Into<String>) -> Self {
@@ -63,7 +71,11 @@ impl EngineError {
 
 impl From<ConfigError> for EngineError {
     fn from(e: ConfigError) -> Self {
-        Self { kind: Kind::Config, message: e.to_string(), hint: e.hint }
+        Self {
+            kind: Kind::Config,
+            message: e.to_string(),
+            hint: e.hint,
+        }
     }
 }
 
@@ -71,31 +83,47 @@ impl From<RegistryError> for EngineError {
     fn from(e: RegistryError) -> Self {
         let hint = match &e {
             RegistryError::NameTaken(name) => Some(format!("dbranch use {name}")),
-            RegistryError::NoPort { .. } => {
-                Some("widen port_min and port_max in .dbranch.config.json, or delete branches".into())
-            }
+            RegistryError::NoPort { .. } => Some(
+                "widen port_min and port_max in .dbranch.config.json, or delete branches".into(),
+            ),
             RegistryError::Newer { .. } => Some("use the newer dbranch".into()),
             RegistryError::Sqlite(_) | RegistryError::Open { .. } => None,
         };
-        Self { kind: Kind::Refused, message: e.to_string(), hint }
+        Self {
+            kind: Kind::Refused,
+            message: e.to_string(),
+            hint,
+        }
     }
 }
 
 impl From<StorageError> for EngineError {
     fn from(e: StorageError) -> Self {
-        Self { kind: Kind::Refused, hint: e.hint(), message: e.to_string() }
+        Self {
+            kind: Kind::Refused,
+            hint: e.hint(),
+            message: e.to_string(),
+        }
     }
 }
 
 impl From<RuntimeError> for EngineError {
     fn from(e: RuntimeError) -> Self {
-        Self { kind: Kind::Refused, hint: e.hint().map(Into::into), message: e.to_string() }
+        Self {
+            kind: Kind::Refused,
+            hint: e.hint().map(Into::into),
+            message: e.to_string(),
+        }
     }
 }
 
 impl From<ClusterError> for EngineError {
     fn from(e: ClusterError) -> Self {
-        Self { kind: Kind::Refused, hint: e.hint(), message: e.to_string() }
+        Self {
+            kind: Kind::Refused,
+            hint: e.hint(),
+            message: e.to_string(),
+        }
     }
 }
 
@@ -107,7 +135,8 @@ impl From<AdminError> for EngineError {
 
 impl From<BadSetting> for EngineError {
     fn from(e: BadSetting) -> Self {
-        Self::config(e.to_string()).hint("change it under postgres.settings in .dbranch.config.json")
+        Self::config(e.to_string())
+            .hint("change it under postgres.settings in .dbranch.config.json")
     }
 }
 

@@ -16,9 +16,21 @@ use crate::types::{BranchId, BranchName};
 #[derive(Debug)]
 pub(super) struct Endpoint {
     /// One switch at a time; hook and watcher may both report the same one.
-    turn: Mutex<()>,
+    turn: Mutex<Option<Unreported>>,
     active: watch::Sender<Option<BranchId>>,
 }
+
+/// What a hint led to, kept for the hook that comes right after it, so that the user
+/// is told even when the watcher was quicker.
+#[derive(Debug)]
+struct Unreported {
+    head: String,
+    outcome: Followed,
+    since: Instant,
+}
+
+/// A hook is later than the watcher by less than this.
+const REPORT_WITHIN: Duration = Duration::from_secs(30);
 
 /// What an endpoint is to be turned to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +58,14 @@ pub struct Followed {
     pub notes: Vec<String>,
 }
 
+impl Followed {
+    fn did_nothing(&self) -> bool {
+        self.created.is_none()
+            && self.renamed.is_none()
+            && !self.switched.as_ref().is_some_and(|s| s.changed)
+    }
+}
+
 /// Whether HEAD is acted on when it is the same as last time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Urge {
@@ -70,7 +90,10 @@ impl Engine {
                     EndpointKey::Pinned(id) => Some(id.clone()),
                     EndpointKey::Worktree { .. } => None,
                 };
-                Arc::new(Endpoint { turn: Mutex::default(), active: watch::Sender::new(active) })
+                Arc::new(Endpoint {
+                    turn: Mutex::default(),
+                    active: watch::Sender::new(active),
+                })
             })
             .clone()
     }
@@ -82,43 +105,75 @@ impl Engine {
 
     /// The endpoint that follows the main worktree.
     pub(super) fn main_endpoint(project: &ProjectRecord) -> EndpointKey {
-        EndpointKey::Worktree { project: project.id.clone(), git_dir: project.common_dir.clone() }
+        EndpointKey::Worktree {
+            project: project.id.clone(),
+            git_dir: project.common_dir.clone(),
+        }
     }
 
     pub(super) fn endpoint_record(&self, key: &EndpointKey) -> Result<Option<EndpointRecord>> {
-        let EndpointKey::Worktree { project, git_dir } = key else { return Ok(None) };
-        Ok(self.0.registry.endpoints(project)?.into_iter().find(|e| e.git_dir == *git_dir))
+        let EndpointKey::Worktree { project, git_dir } = key else {
+            return Ok(None);
+        };
+        Ok(self
+            .0
+            .registry
+            .endpoints(project)?
+            .into_iter()
+            .find(|e| e.git_dir == *git_dir))
     }
 
     /// HEAD of a worktree may have moved: makes and shows the branch it names.
     pub async fn follow(&self, location: &Location, urge: Urge, to: Reporter) -> Result<Followed> {
         let (engine, location) = (self.clone(), location.clone());
-        self.detached(async move { engine.follow_in_task(&location, urge, &to).await }).await
+        self.detached(async move { engine.follow_in_task(&location, urge, &to).await })
+            .await
     }
 
-    async fn follow_in_task(&self, location: &Location, urge: Urge, to: &Reporter) -> Result<Followed> {
+    async fn follow_in_task(
+        &self,
+        location: &Location,
+        urge: Urge,
+        to: &Reporter,
+    ) -> Result<Followed> {
         let begun = Instant::now();
         let mut outcome = Followed::default();
         let project = self.project_at(location)?;
-        let key = EndpointKey::Worktree { project: project.id.clone(), git_dir: location.git_dir.clone() };
+        let key = EndpointKey::Worktree {
+            project: project.id.clone(),
+            git_dir: location.git_dir.clone(),
+        };
         let endpoint = self.endpoint(&key);
-        let _turn = endpoint.turn.lock().await;
+        let mut turn = endpoint.turn.lock().await;
 
         if let Some(operation) = git::operation(&location.git_dir) {
-            debug!(?operation, "git is in the middle of something: nothing follows HEAD");
+            debug!(
+                ?operation,
+                "git is in the middle of something: nothing follows HEAD"
+            );
             return Ok(outcome);
         }
         let head = git::head(&location.git_dir)?;
         let record = self.endpoint_record(&key)?;
         let seen = head_word(&head);
-        if urge == Urge::Hint && record.as_ref().is_some_and(|r| r.head.as_deref() == Some(&seen)) {
+        if urge == Urge::Hint
+            && record
+                .as_ref()
+                .is_some_and(|r| r.head.as_deref() == Some(&seen))
+        {
             return Ok(outcome);
         }
+        let unreported = turn
+            .take()
+            .filter(|u| u.head == seen && u.since.elapsed() < REPORT_WITHIN);
         let name = match head {
             Head::Branch(name) | Head::Unborn(name) => name,
             Head::Detached(_) => {
                 if let Some(shown) = self.shown(record.as_ref())? {
-                    outcome.notes.push(format!("HEAD is detached: the database stays on `{}`", shown.name));
+                    outcome.notes.push(format!(
+                        "HEAD is detached: the database stays on `{}`",
+                        shown.name
+                    ));
                 }
                 self.remember_head(&key, record, seen)?;
                 return Ok(outcome);
@@ -136,18 +191,32 @@ impl Engine {
         }
         let (branch, created, renamed) = self.branch_for(&project, location, &name, to).await?;
         let Some(branch) = branch else {
-            outcome.notes.push("no database branch yet: run `dbranch init-postgres`".into());
+            outcome
+                .notes
+                .push("no database branch yet: run `dbranch init-postgres`".into());
             return Ok(outcome);
         };
         outcome.created = created;
         outcome.renamed = renamed;
         if location.is_linked_worktree() {
             // Its own endpoint is the branch's port; HEAD is remembered so that the watcher is not told twice.
-            self.remember_head(&key, record, seen)?;
+            self.remember_head(&key, record, seen.clone())?;
         } else {
-            outcome.switched = Some(self.show(&key, &endpoint, &branch, Some(seen), begun)?);
+            outcome.switched =
+                Some(self.show(&key, &endpoint, &branch, Some(seen.clone()), begun)?);
         }
         self.run_commands(&project, location, &branch, &outcome);
+        if urge == Urge::Hint {
+            *turn = Some(Unreported {
+                head: seen,
+                outcome: outcome.clone(),
+                since: Instant::now(),
+            });
+        } else if let Some(unreported) = unreported
+            && outcome.did_nothing()
+        {
+            return Ok(unreported.outcome);
+        }
         Ok(outcome)
     }
 
@@ -158,7 +227,11 @@ impl Engine {
         location: &Location,
         name: &BranchName,
         to: &Reporter,
-    ) -> Result<(Option<BranchRecord>, Option<Created>, Option<(BranchName, BranchName)>)> {
+    ) -> Result<(
+        Option<BranchRecord>,
+        Option<Created>,
+        Option<(BranchName, BranchName)>,
+    )> {
         if let Some(found) = self.find_settled(project, name).await? {
             return Ok((Some(found), None, None));
         }
@@ -168,11 +241,19 @@ impl Engine {
         {
             self.0.registry.rename_branch(&branch.id, name)?;
             info!(from = %old, to = %name, "renamed with git's branch");
-            let branch = BranchRecord { name: name.clone(), ..branch };
+            let branch = BranchRecord {
+                name: name.clone(),
+                ..branch
+            };
             return Ok((Some(branch), None, Some((old, name.clone()))));
         }
-        let Some(parent) = self.find_parent(project, location, name)? else { return Ok((None, None, None)) };
-        match self.create_in_task(project, name.clone(), &parent, to).await {
+        let Some(parent) = self.find_parent(project, location, name)? else {
+            return Ok((None, None, None));
+        };
+        match self
+            .create_in_task(project, name.clone(), &parent, to)
+            .await
+        {
             Ok(created) => Ok((Some(created.branch.clone()), Some(created), None)),
             // Somebody made it in the meantime.
             Err(e) => match self.find_settled(project, name).await? {
@@ -183,44 +264,75 @@ impl Engine {
     }
 
     /// A branch by name; one that is being made is waited for.
-    pub(super) async fn find_settled(&self, project: &ProjectRecord, name: &BranchName) -> Result<Option<BranchRecord>> {
-        let Some(found) = self.0.registry.branch_named(&project.id, name)? else { return Ok(None) };
+    pub(super) async fn find_settled(
+        &self,
+        project: &ProjectRecord,
+        name: &BranchName,
+    ) -> Result<Option<BranchRecord>> {
+        let Some(found) = self.0.registry.branch_named(&project.id, name)? else {
+            return Ok(None);
+        };
         if found.stage == Stage::Ready {
             return Ok(Some(found));
         }
         drop(self.slot(&found.id).turn().await);
-        Ok(self.0.registry.branch_named(&project.id, name)?.filter(|b| b.stage == Stage::Ready))
+        Ok(self
+            .0
+            .registry
+            .branch_named(&project.id, name)?
+            .filter(|b| b.stage == Stage::Ready))
     }
 
     /// Turns the endpoint of a worktree by the user's word.
-    pub async fn switch(&self, location: &Location, target: Target, to: Reporter) -> Result<Followed> {
+    pub async fn switch(
+        &self,
+        location: &Location,
+        target: Target,
+        to: Reporter,
+    ) -> Result<Followed> {
         let begun = Instant::now();
         let project = self.project_at(location)?;
+        if location.is_linked_worktree() {
+            return Err(EngineError::refused(
+                "a linked worktree shows the branch that it has checked out",
+            )
+            .hint("connect to another one by its own port: dbranch url NAME"));
+        }
         let key = Self::main_endpoint(&project);
         let record = self.endpoint_record(&key)?;
         let branch = match target {
             Target::Head => {
-                let main = Location { git_dir: location.common_dir.clone(), ..location.clone() };
-                return self.follow(&main, Urge::Word, to).await;
+                return self.follow(location, Urge::Word, to).await;
             }
             Target::Branch(name) => self.must_find(&project, &name).await?,
             Target::Previous => {
-                let previous = record.and_then(|r| r.previous).map(|id| self.0.registry.branch(&id)).transpose()?;
+                let previous = record
+                    .and_then(|r| r.previous)
+                    .map(|id| self.0.registry.branch(&id))
+                    .transpose()?;
                 previous.flatten().ok_or_else(|| {
-                    EngineError::refused("no other branch was shown before").hint("dbranch use NAME; dbranch list")
+                    EngineError::refused("no other branch was shown before")
+                        .hint("dbranch use NAME; dbranch list")
                 })?
             }
         };
         let endpoint = self.endpoint(&key);
         let _turn = endpoint.turn.lock().await;
         let switched = self.show(&key, &endpoint, &branch, None, begun)?;
-        let outcome = Followed { switched: Some(switched), ..Followed::default() };
+        let outcome = Followed {
+            switched: Some(switched),
+            ..Followed::default()
+        };
         self.run_commands(&project, location, &branch, &outcome);
         Ok(outcome)
     }
 
     /// After the first branch was made: shows it, if HEAD has its name or nothing else.
-    pub(super) async fn show_where_head_is(&self, location: &Location, branch: &BranchRecord) -> Result<()> {
+    pub(super) async fn show_where_head_is(
+        &self,
+        location: &Location,
+        branch: &BranchRecord,
+    ) -> Result<()> {
         let project = self.project_of(branch)?;
         let key = Self::main_endpoint(&project);
         let endpoint = self.endpoint(&key);
@@ -245,7 +357,11 @@ impl Engine {
         let old = self.endpoint_record(key)?;
         let old_branch = old.as_ref().and_then(|r| r.branch.clone());
         let changed = old_branch.as_ref() != Some(&branch.id);
-        let previous = if changed { old_branch.clone() } else { old.as_ref().and_then(|r| r.previous.clone()) };
+        let previous = if changed {
+            old_branch.clone()
+        } else {
+            old.as_ref().and_then(|r| r.previous.clone())
+        };
         endpoint.active.send_if_modified(|active| {
             let differs = active.as_ref() != Some(&branch.id);
             *active = Some(branch.id.clone());
@@ -269,7 +385,12 @@ impl Engine {
         if changed {
             info!(branch = %branch.name, from = previous.as_ref().map_or("nothing", BranchName::as_str), "switched");
         }
-        Ok(Switched { branch: branch.clone(), previous, changed, took: begun.elapsed() })
+        Ok(Switched {
+            branch: branch.clone(),
+            previous,
+            changed,
+            took: begun.elapsed(),
+        })
     }
 
     /// Makes every endpoint let go of a branch that is no more.
@@ -289,9 +410,9 @@ impl Engine {
 
     /// Whether an endpoint that follows a worktree shows the branch.
     pub(super) fn shown_anywhere(&self, id: &BranchId) -> bool {
-        lock(&self.0.endpoints)
-            .iter()
-            .any(|(key, e)| matches!(key, EndpointKey::Worktree { .. }) && e.active.borrow().as_ref() == Some(id))
+        lock(&self.0.endpoints).iter().any(|(key, e)| {
+            matches!(key, EndpointKey::Worktree { .. }) && e.active.borrow().as_ref() == Some(id)
+        })
     }
 
     fn shown(&self, record: Option<&EndpointRecord>) -> Result<Option<BranchRecord>> {
@@ -301,8 +422,15 @@ impl Engine {
         }
     }
 
-    fn remember_head(&self, key: &EndpointKey, record: Option<EndpointRecord>, head: String) -> Result<()> {
-        let EndpointKey::Worktree { project, git_dir } = key else { return Ok(()) };
+    fn remember_head(
+        &self,
+        key: &EndpointKey,
+        record: Option<EndpointRecord>,
+        head: String,
+    ) -> Result<()> {
+        let EndpointKey::Worktree { project, git_dir } = key else {
+            return Ok(());
+        };
         let record = record.unwrap_or_else(|| EndpointRecord {
             project: project.clone(),
             git_dir: git_dir.clone(),
@@ -310,11 +438,20 @@ impl Engine {
             previous: None,
             head: None,
         });
-        Ok(self.0.registry.put_endpoint(&EndpointRecord { head: Some(head), ..record })?)
+        Ok(self.0.registry.put_endpoint(&EndpointRecord {
+            head: Some(head),
+            ..record
+        })?)
     }
 
-    pub(super) async fn must_find(&self, project: &ProjectRecord, name: &BranchName) -> Result<BranchRecord> {
-        self.find_settled(project, name).await?.ok_or_else(|| self.no_such_branch(project, name))
+    pub(super) async fn must_find(
+        &self,
+        project: &ProjectRecord,
+        name: &BranchName,
+    ) -> Result<BranchRecord> {
+        self.find_settled(project, name)
+            .await?
+            .ok_or_else(|| self.no_such_branch(project, name))
     }
 }
 

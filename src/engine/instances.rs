@@ -51,7 +51,9 @@ pub(super) struct Live {
 impl Live {
     /// Hands out the administrator's connection, which a backup uses up.
     pub(super) fn take_admin(&mut self) -> Result<Admin> {
-        self.admin.take().ok_or_else(|| EngineError::bug("the administrator is not logged in"))
+        self.admin
+            .take()
+            .ok_or_else(|| EngineError::bug("the administrator is not logged in"))
     }
 
     pub(super) fn give_admin(&mut self, admin: Admin) {
@@ -84,7 +86,11 @@ impl Drop for Lease {
 
 impl Slot {
     fn new() -> Self {
-        Self { live: Arc::default(), state: watch::Sender::new(InstanceState::Stopped), sessions: Arc::default() }
+        Self {
+            live: Arc::default(),
+            state: watch::Sender::new(InstanceState::Stopped),
+            sessions: Arc::default(),
+        }
     }
 
     /// Waits for the branch's turn.
@@ -110,7 +116,10 @@ impl Slot {
 
 impl Engine {
     pub(super) fn slot(&self, id: &BranchId) -> Arc<Slot> {
-        lock(&self.0.slots).entry(id.clone()).or_insert_with(|| Arc::new(Slot::new())).clone()
+        lock(&self.0.slots)
+            .entry(id.clone())
+            .or_insert_with(|| Arc::new(Slot::new()))
+            .clone()
     }
 
     pub(super) fn drop_slot(&self, id: &BranchId) {
@@ -141,9 +150,17 @@ impl Engine {
     /// What a session of a branch needs: its instance, started when it does not run.
     pub async fn serve(&self, id: &BranchId) -> Result<Served> {
         let address = self.wake(id).await?;
-        let branch = self.0.registry.branch(id)?.ok_or_else(|| EngineError::refused("the branch is gone"))?;
+        let branch = self
+            .0
+            .registry
+            .branch(id)?
+            .ok_or_else(|| EngineError::refused("the branch is gone"))?;
         let grace = Self::config(&self.project_of(&branch)?)?.switch_grace;
-        Ok(Served { name: branch.name, address, grace })
+        Ok(Served {
+            name: branch.name,
+            address,
+            grace,
+        })
     }
 
     pub fn name_of(&self, id: &BranchId) -> Option<BranchName> {
@@ -160,7 +177,12 @@ impl Engine {
         });
     }
 
-    pub(super) async fn start_in_turn(&self, slot: &Slot, live: &mut Live, id: &BranchId) -> Result<BackendAddress> {
+    pub(super) async fn start_in_turn(
+        &self,
+        slot: &Slot,
+        live: &mut Live,
+        id: &BranchId,
+    ) -> Result<BackendAddress> {
         if let Some(address) = slot.address() {
             return Ok(address);
         }
@@ -169,10 +191,16 @@ impl Engine {
         {
             return Err(EngineError::refused(reason));
         }
-        let branch = self.0.registry.branch(id)?.ok_or_else(|| EngineError::refused("the branch is gone"))?;
+        let branch = self
+            .0
+            .registry
+            .branch(id)?
+            .ok_or_else(|| EngineError::refused("the branch is gone"))?;
         if branch.trashed_at.is_some() || branch.stage != Stage::Ready {
-            return Err(EngineError::refused(format!("branch `{}` has been deleted", branch.name))
-                .hint(format!("dbranch undelete {}", branch.name)));
+            return Err(
+                EngineError::refused(format!("branch `{}` has been deleted", branch.name))
+                    .hint(format!("dbranch undelete {}", branch.name)),
+            );
         }
         slot.state.send_replace(InstanceState::Starting);
         match self.launch(slot, live, &branch).await {
@@ -183,14 +211,22 @@ impl Engine {
                 Ok(address)
             }
             Err(e) => {
-                slot.state.send_replace(InstanceState::Failed { reason: e.message.clone(), since: Instant::now() });
+                slot.state.send_replace(InstanceState::Failed {
+                    reason: e.message.clone(),
+                    since: Instant::now(),
+                });
                 Err(e)
             }
         }
     }
 
     /// Starts the instance of a branch whose record need not be finished yet, and waits until it answers.
-    pub(super) async fn launch(&self, slot: &Slot, live: &mut Live, branch: &BranchRecord) -> Result<BackendAddress> {
+    pub(super) async fn launch(
+        &self,
+        slot: &Slot,
+        live: &mut Live,
+        branch: &BranchRecord,
+    ) -> Result<BackendAddress> {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
@@ -219,7 +255,9 @@ impl Engine {
             return Err(EngineError::refused(format!(
                 "postgres of branch `{}` did not start: {why}{}",
                 branch.name,
-                complaint(&said).map(|line| format!(" ({line})")).unwrap_or_default()
+                complaint(&said)
+                    .map(|line| format!(" ({line})"))
+                    .unwrap_or_default()
             ))
             .hint(format!("dbranch logs {}", branch.name)));
         }
@@ -227,39 +265,62 @@ impl Engine {
         info!(branch = %branch.name, runtime = %runtime.kind(), ms = begun.elapsed().as_millis(), "instance is ready");
         live.instance = Some((runtime, spec, instance.clone()));
         live.admin = None;
-        slot.state.send_replace(InstanceState::Running(address.clone()));
+        slot.state
+            .send_replace(InstanceState::Running(address.clone()));
         self.watch_exit(branch, &instance);
         Ok(address)
     }
 
     /// Notices when an instance ends by itself.
     fn watch_exit(&self, branch: &BranchRecord, instance: &Instance) {
-        let (engine, branch, handle, mut exit) =
-            (self.clone(), branch.clone(), instance.handle.clone(), instance.exit.clone());
+        let (engine, branch, handle, mut exit) = (
+            self.clone(),
+            branch.clone(),
+            instance.handle.clone(),
+            instance.exit.clone(),
+        );
         tokio::spawn(async move {
-            let Ok(reason) = exit.wait_for(Option::is_some).await.map(|e| e.clone()) else { return };
+            let Ok(reason) = exit.wait_for(Option::is_some).await.map(|e| e.clone()) else {
+                return;
+            };
             let slot = engine.slot(&branch.id);
             let mut live = slot.turn().await;
             // Whoever stopped it on purpose took it out already.
-            if !live.instance.as_ref().is_some_and(|(_, _, i)| i.handle == handle) {
+            if !live
+                .instance
+                .as_ref()
+                .is_some_and(|(_, _, i)| i.handle == handle)
+            {
                 return;
             }
-            let Some((runtime, spec, _)) = live.instance.take() else { return };
+            let Some((runtime, spec, _)) = live.instance.take() else {
+                return;
+            };
             live.admin = None;
             let said = runtime.log_tail(&spec, 20).await;
             let reason = format!(
                 "postgres of branch `{}` ended: {}{}",
                 branch.name,
                 reason.map_or_else(String::new, |r| r.reason),
-                complaint(&said).map(|line| format!(" ({line})")).unwrap_or_default()
+                complaint(&said)
+                    .map(|line| format!(" ({line})"))
+                    .unwrap_or_default()
             );
             warn!("{reason}");
-            slot.state.send_replace(InstanceState::Failed { reason, since: Instant::now() });
+            slot.state.send_replace(InstanceState::Failed {
+                reason,
+                since: Instant::now(),
+            });
         });
     }
 
     /// Stops the instance, if there is one, and keeps the volume. True if one ran.
-    pub(super) async fn stop_in_turn(&self, slot: &Slot, live: &mut Live, mode: StopMode) -> Result<bool> {
+    pub(super) async fn stop_in_turn(
+        &self,
+        slot: &Slot,
+        live: &mut Live,
+        mode: StopMode,
+    ) -> Result<bool> {
         live.admin = None;
         let Some((runtime, spec, instance)) = live.instance.take() else {
             slot.state.send_replace(InstanceState::Stopped);
@@ -268,7 +329,8 @@ impl Engine {
         slot.state.send_replace(InstanceState::Stopped);
         if let Err(e) = runtime.stop(&spec, &instance, mode).await {
             live.instance = Some((runtime, spec, instance.clone()));
-            slot.state.send_replace(InstanceState::Running(instance.address));
+            slot.state
+                .send_replace(InstanceState::Running(instance.address));
             return Err(e.into());
         }
         info!(branch = %spec.branch_name, "instance stopped");
@@ -295,13 +357,16 @@ impl Engine {
         }
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
-        let Some(instance) = runtime.find(&spec).await? else { return Ok(false) };
+        let Some(instance) = runtime.find(&spec).await? else {
+            return Ok(false);
+        };
         let mut exit = instance.exit.clone();
         tokio::select! {
             _ = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => {}
             _ = exit.wait_for(Option::is_some) => return Ok(false),
         }
-        slot.state.send_replace(InstanceState::Running(instance.address.clone()));
+        slot.state
+            .send_replace(InstanceState::Running(instance.address.clone()));
         live.instance = Some((runtime, spec, instance.clone()));
         self.watch_exit(branch, &instance);
         info!(branch = %branch.name, "found its instance running");
@@ -309,16 +374,22 @@ impl Engine {
     }
 
     /// The administrator's connection to a running instance, opened when there is none.
-    pub(super) async fn admin<'a>(&self, live: &'a mut Live, branch: &BranchRecord) -> Result<&'a mut Admin> {
+    pub(super) async fn admin<'a>(
+        &self,
+        live: &'a mut Live,
+        branch: &BranchRecord,
+    ) -> Result<&'a mut Admin> {
         let Live { instance, admin } = live;
         if admin.as_ref().is_none_or(Admin::is_closed) {
-            let (_, _, instance) = instance
-                .as_ref()
-                .ok_or_else(|| EngineError::bug(format!("branch `{}` does not run", branch.name)))?;
+            let (_, _, instance) = instance.as_ref().ok_or_else(|| {
+                EngineError::bug(format!("branch `{}` does not run", branch.name))
+            })?;
             let password = self.password(&branch.project, Secret::Admin)?;
             *admin = Some(Admin::connect(&instance.address, ADMIN, "postgres", &password).await?);
         }
-        Ok(admin.as_mut().expect("it was set above when it was missing"))
+        Ok(admin
+            .as_mut()
+            .expect("it was set above when it was missing"))
     }
 
     /// Opens the administrator's connection ahead of the next checkout, which will need it.
@@ -346,7 +417,9 @@ impl Engine {
     /// Closes the administrator's connection: an idle one costs the instance a process.
     pub(super) fn release_admin(&self, id: &BranchId) {
         let slot = self.slot(id);
-        self.0.tasks.spawn(async move { slot.turn().await.admin = None });
+        self.0
+            .tasks
+            .spawn(async move { slot.turn().await.admin = None });
     }
 
     pub(super) async fn instance_spec(
@@ -366,7 +439,10 @@ impl Engine {
             socket_dir: self.0.paths.instance_socket_dir(&branch.id),
             log_file: self.0.paths.instance_log(&branch.id),
             owner: self.0.owner,
-            limits: Limits { memory_bytes: config.postgres.memory_bytes, cpus: config.postgres.cpus },
+            limits: Limits {
+                memory_bytes: config.postgres.memory_bytes,
+                cpus: config.postgres.cpus,
+            },
         };
         Ok((runtime, spec))
     }
@@ -374,16 +450,26 @@ impl Engine {
     /// Where a branch's instance listens, or would if it ran.
     pub(super) fn backend_of(&self, id: &BranchId) -> BackendAddress {
         let slot = self.slot(id);
-        slot.address()
-            .unwrap_or_else(|| BackendAddress::Unix { dir: self.0.paths.instance_socket_dir(id), port: 5432 })
+        slot.address().unwrap_or_else(|| BackendAddress::Unix {
+            dir: self.0.paths.instance_socket_dir(id),
+            port: 5432,
+        })
     }
 
     /// Brings the included settings file up to what the config says now.
-    pub(super) async fn write_conf(&self, project: &ProjectRecord, branch: &BranchRecord) -> Result<()> {
+    pub(super) async fn write_conf(
+        &self,
+        project: &ProjectRecord,
+        branch: &BranchRecord,
+    ) -> Result<()> {
         let settings = Self::config(project)?.postgres.settings;
         postgres::check_settings(&settings)?;
         let driver = self.driver(branch).await?;
-        let conf = Conf { settings, copy_on_write: driver.shares_blocks(), ..Conf::default() };
+        let conf = Conf {
+            settings,
+            copy_on_write: driver.shares_blocks(),
+            ..Conf::default()
+        };
         let dir = data_dir(&driver.volume_path(&branch.volume));
         let owner = self.give_to();
         super::blocking(move || Ok(conf.write(&dir, owner)?)).await?;
@@ -391,10 +477,9 @@ impl Engine {
     }
 
     pub(super) fn project_of(&self, branch: &BranchRecord) -> Result<ProjectRecord> {
-        self.0
-            .registry
-            .project(&branch.project)?
-            .ok_or_else(|| EngineError::bug(format!("branch `{}` belongs to no project", branch.name)))
+        self.0.registry.project(&branch.project)?.ok_or_else(|| {
+            EngineError::bug(format!("branch `{}` belongs to no project", branch.name))
+        })
     }
 
     pub(super) async fn refuse_what_cannot_be_cloned(&self, branch: &BranchRecord) -> Result<()> {
@@ -409,10 +494,18 @@ fn complaint(log: &str) -> Option<String> {
     lines
         .iter()
         .rev()
-        .find(|line| ["FATAL:", "PANIC:", "ERROR:"].iter().any(|word| line.contains(word)))
+        .find(|line| {
+            ["FATAL:", "PANIC:", "ERROR:"]
+                .iter()
+                .any(|word| line.contains(word))
+        })
         .or(lines.last())
         .map(|line| {
-            let from = ["FATAL:", "PANIC:", "ERROR:"].iter().filter_map(|w| line.find(w)).min().unwrap_or(0);
+            let from = ["FATAL:", "PANIC:", "ERROR:"]
+                .iter()
+                .filter_map(|w| line.find(w))
+                .min()
+                .unwrap_or(0);
             line[from..].trim().to_owned()
         })
         .filter(|line| !line.is_empty())

@@ -91,7 +91,11 @@ impl Reporter {
     }
 
     fn progress(&self, what: &str, done: u64, total: u64) {
-        (self.0)(Report::Progress { what: what.into(), done, total });
+        (self.0)(Report::Progress {
+            what: what.into(),
+            done,
+            total,
+        });
     }
 }
 
@@ -99,7 +103,10 @@ impl Reporter {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum EndpointKey {
     /// Follows the HEAD of one worktree, named by its git directory.
-    Worktree { project: ProjectId, git_dir: PathBuf },
+    Worktree {
+        project: ProjectId,
+        git_dir: PathBuf,
+    },
     /// Always shows one branch.
     Pinned(BranchId),
 }
@@ -136,7 +143,12 @@ struct Inner {
 }
 
 impl Engine {
-    pub fn new(paths: Paths, machine: Machine, registry: Registry, ports: Arc<dyn Ports>) -> Result<Self> {
+    pub fn new(
+        paths: Paths,
+        machine: Machine,
+        registry: Registry,
+        ports: Arc<dyn Ports>,
+    ) -> Result<Self> {
         let owner = owner_of_data()?;
         Ok(Self(Arc::new(Inner {
             paths,
@@ -175,7 +187,13 @@ impl Engine {
         let record = project.server.as_ref().ok_or_else(EngineError::no_root)?;
         if record.runtime == "docker" {
             let docker = self.docker().await?;
-            Ok((Runtime::Docker(docker), Server::Docker { image: record.programs.clone() }, record.major))
+            Ok((
+                Runtime::Docker(docker),
+                Server::Docker {
+                    image: record.programs.clone(),
+                },
+                record.major,
+            ))
         } else {
             let mut bin_dir = PathBuf::from(&record.programs);
             if !bin_dir.join("postgres").exists() {
@@ -185,23 +203,43 @@ impl Engine {
                     bin_dir = elsewhere;
                 }
             }
-            Ok((Runtime::Native(Native), Server::Native { bin_dir }, record.major))
+            Ok((
+                Runtime::Native(Native),
+                Server::Native { bin_dir },
+                record.major,
+            ))
         }
     }
 
     async fn docker(&self) -> Result<Docker> {
-        Ok(self.0.docker.get_or_try_init(Docker::connect).await?.clone())
+        Ok(self
+            .0
+            .docker
+            .get_or_try_init(Docker::connect)
+            .await?
+            .clone())
     }
 
     /// The driver of a branch's volume.
     async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
-        let kind = branch.driver.parse().map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
-        self.open_pool(storage::Choice::Driver(kind), &branch.pool).await
+        let kind = branch
+            .driver
+            .parse()
+            .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
+        self.open_pool(storage::Choice::Driver(kind), &branch.pool)
+            .await
     }
 
-    async fn open_pool(&self, choice: storage::Choice, pool: &Path) -> Result<Arc<dyn StorageDriver>> {
+    async fn open_pool(
+        &self,
+        choice: storage::Choice,
+        pool: &Path,
+    ) -> Result<Arc<dyn StorageDriver>> {
         let known = |drivers: &Vec<Arc<dyn StorageDriver>>| {
-            drivers.iter().find(|d| matches!(choice, storage::Choice::Driver(k) if k == d.kind())).cloned()
+            drivers
+                .iter()
+                .find(|d| matches!(choice, storage::Choice::Driver(k) if k == d.kind()))
+                .cloned()
         };
         if let Some(driver) = lock(&self.0.drivers).get(pool).and_then(known) {
             return Ok(driver);
@@ -223,15 +261,25 @@ impl Engine {
 
     /// The pool for new projects.
     fn pool(&self) -> PathBuf {
-        self.0.machine.pool.value.clone().unwrap_or_else(|| self.0.paths.default_pool().to_owned())
+        self.0
+            .machine
+            .pool
+            .value
+            .clone()
+            .unwrap_or_else(|| self.0.paths.default_pool().to_owned())
     }
 
     async fn data_dir(&self, branch: &BranchRecord) -> Result<PathBuf> {
-        Ok(data_dir(&self.driver(branch).await?.volume_path(&branch.volume)))
+        Ok(data_dir(
+            &self.driver(branch).await?.volume_path(&branch.volume),
+        ))
     }
 
     fn config(project: &ProjectRecord) -> Result<ProjectConfig> {
-        Ok(ProjectConfig::parse(&project.config, "the recorded configuration")?)
+        Ok(ProjectConfig::parse(
+            &project.config,
+            "the recorded configuration",
+        )?)
     }
 
     /// The password of a project's administrator or of its role, made at first need.
@@ -278,18 +326,28 @@ fn data_dir(volume: &Path) -> PathBuf {
 fn owner_of_data() -> Result<Owner> {
     let uid = nix::unistd::geteuid();
     if !uid.is_root() {
-        return Ok(Owner { uid: uid.as_raw(), gid: nix::unistd::getegid().as_raw() });
+        return Ok(Owner {
+            uid: uid.as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+        });
     }
     match nix::unistd::User::from_name("postgres") {
-        Ok(Some(user)) => Ok(Owner { uid: user.uid.as_raw(), gid: user.gid.as_raw() }),
+        Ok(Some(user)) => Ok(Owner {
+            uid: user.uid.as_raw(),
+            gid: user.gid.as_raw(),
+        }),
         // What the official images use.
         Ok(None) => Ok(Owner { uid: 999, gid: 999 }),
-        Err(e) => Err(EngineError::refused(format!("can't look up the user postgres: {e}"))),
+        Err(e) => Err(EngineError::refused(format!(
+            "can't look up the user postgres: {e}"
+        ))),
     }
 }
 
 /// Runs what blocks outside the runtime's threads.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or_else(|e| Err(EngineError::bug(format!("an operation broke off: {e}"))))
@@ -301,7 +359,9 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// For tests of recovery: the daemon dies at the step that `DBRANCH_TEST_CRASH_AT` names.
 fn crash_point(step: &str) {
-    if cfg!(debug_assertions) && std::env::var_os("DBRANCH_TEST_CRASH_AT").is_some_and(|at| at == step) {
+    if cfg!(debug_assertions)
+        && std::env::var_os("DBRANCH_TEST_CRASH_AT").is_some_and(|at| at == step)
+    {
         tracing::warn!(step, "dying as told");
         std::process::abort();
     }

@@ -26,13 +26,21 @@ impl Engine {
             return Ok(Some(found));
         }
         let candidates: Vec<_> = branches.iter().map(|b| b.name.clone()).collect();
-        if let Some(found) = quietly(git::nearest(location, name, &candidates)).and_then(|n| named(&n)) {
+        if let Some(found) =
+            quietly(git::nearest(location, name, &candidates)).and_then(|n| named(&n))
+        {
             return Ok(Some(found));
         }
-        if let Some(found) = quietly(git::default_branch(&location.common_dir)).and_then(|n| named(&n)) {
+        if let Some(found) =
+            quietly(git::default_branch(&location.common_dir)).and_then(|n| named(&n))
+        {
             return Ok(Some(found));
         }
-        Ok(branches.iter().find(|b| b.parent.is_none()).or(branches.first()).cloned())
+        Ok(branches
+            .iter()
+            .find(|b| b.parent.is_none())
+            .or(branches.first())
+            .cloned())
     }
 
     /// A project's branches that can be used, oldest first.
@@ -44,11 +52,18 @@ impl Engine {
 
     pub(super) fn no_such_branch(&self, project: &ProjectRecord, name: &BranchName) -> EngineError {
         let all = self.0.registry.branches(&project.id).unwrap_or_default();
-        if all.iter().any(|b| b.name == *name && b.trashed_at.is_some()) {
+        if all
+            .iter()
+            .any(|b| b.name == *name && b.trashed_at.is_some())
+        {
             return EngineError::refused(format!("branch `{name}` lies in the trash"))
                 .hint(format!("dbranch undelete {name}"));
         }
-        let live: Vec<_> = all.iter().filter(|b| b.trashed_at.is_none()).map(|b| b.name.as_str()).collect();
+        let live: Vec<_> = all
+            .iter()
+            .filter(|b| b.trashed_at.is_none())
+            .map(|b| b.name.as_str())
+            .collect();
         if live.is_empty() {
             return EngineError::no_root();
         }

@@ -28,9 +28,11 @@ impl Engine {
         let (known, moved_from) = self.locate(location)?;
         let new = known.as_ref().is_none_or(|p| p.deleted_at.is_some());
         let project = match known {
-            Some(known) if known.deleted_at.is_none() => {
-                ProjectRecord { name: config.name.clone(), config: text, ..known }
-            }
+            Some(known) if known.deleted_at.is_none() => ProjectRecord {
+                name: config.name.clone(),
+                config: text,
+                ..known
+            },
             known => {
                 let (id, created_at, server) = match known {
                     Some(old) => (old.id, old.created_at, old.server),
@@ -57,7 +59,12 @@ impl Engine {
         if new {
             info!(project = %project.name, port = project.proxy_port, "registered");
         }
-        Ok(Registered { project, new, moved_from, notes })
+        Ok(Registered {
+            project,
+            new,
+            moved_from,
+            notes,
+        })
     }
 
     /// Opens the project's main port.
@@ -69,10 +76,16 @@ impl Engine {
     }
 
     /// The config's port, or the next one where another project of this user has it.
-    fn free_proxy_port(&self, id: &ProjectId, config: &ProjectConfig) -> Result<(u16, Option<String>)> {
+    fn free_proxy_port(
+        &self,
+        id: &ProjectId,
+        config: &ProjectConfig,
+    ) -> Result<(u16, Option<String>)> {
         let others = self.0.registry.projects()?;
         let taken = |port: u16| others.iter().find(|p| p.proxy_port == port && p.id != *id);
-        let Some(other) = taken(config.proxy_port) else { return Ok((config.proxy_port, None)) };
+        let Some(other) = taken(config.proxy_port) else {
+            return Ok((config.proxy_port, None));
+        };
         let port = (config.proxy_port..u16::MAX)
             .find(|port| {
                 taken(*port).is_none()
@@ -94,9 +107,16 @@ impl Engine {
         let (known, _) = self.locate(location)?;
         let Some(mut project) = known.filter(|p| p.deleted_at.is_none()) else {
             let has_config = config_file(location).is_some_and(|f| f.exists());
-            let where_ = location.worktree.as_ref().unwrap_or(&location.common_dir).display().to_string();
+            let where_ = location
+                .worktree
+                .as_ref()
+                .unwrap_or(&location.common_dir)
+                .display()
+                .to_string();
             return Err(if has_config {
-                EngineError::config(format!("{where_} has a config file, but this machine doesn't know the project yet"))
+                EngineError::config(format!(
+                    "{where_} has a config file, but this machine doesn't know the project yet"
+                ))
             } else {
                 EngineError::config(format!("{where_} is no dbranch project yet"))
             }
@@ -139,7 +159,8 @@ impl Engine {
             Some(project) if !project.common_dir.join("HEAD").exists() => {
                 let from = project.common_dir.clone();
                 info!(project = %project.name, from = %from.display(), to = %location.common_dir.display(), "moved");
-                self.move_project(project, location).map(|p| (Some(p), Some(from)))
+                self.move_project(project, location)
+                    .map(|p| (Some(p), Some(from)))
             }
             _ => Ok((None, None)),
         }
@@ -148,17 +169,22 @@ impl Engine {
     fn move_project(&self, project: ProjectRecord, location: &Location) -> Result<ProjectRecord> {
         let old_key = Self::main_endpoint(&project);
         let shown = self.endpoint_record(&old_key)?;
-        let moved = ProjectRecord { common_dir: location.common_dir.clone(), ..project };
+        let moved = ProjectRecord {
+            common_dir: location.common_dir.clone(),
+            ..project
+        };
         self.0.registry.put_project(&moved)?;
         self.0.registry.remove_endpoints(&moved.id)?;
         self.0.ports.close(&old_key);
         let key = Self::main_endpoint(&moved);
         if let Some(record) = shown {
             self.restore_active(&key, record.branch.clone());
-            self.0.registry.put_endpoint(&crate::registry::EndpointRecord {
-                git_dir: moved.common_dir.clone(),
-                ..record
-            })?;
+            self.0
+                .registry
+                .put_endpoint(&crate::registry::EndpointRecord {
+                    git_dir: moved.common_dir.clone(),
+                    ..record
+                })?;
         }
         let (engine, project) = (self.clone(), moved.clone());
         self.0.tasks.spawn(async move {
@@ -179,7 +205,11 @@ impl Engine {
 
     pub(super) fn forget_secrets(&self, project: &ProjectId) {
         for secret in [Secret::Admin, Secret::Role] {
-            let file = self.0.paths.secrets_dir().join(format!("{project}.{}", secret.file_extension()));
+            let file = self
+                .0
+                .paths
+                .secrets_dir()
+                .join(format!("{project}.{}", secret.file_extension()));
             let _ = std::fs::remove_file(file);
         }
     }
@@ -189,7 +219,11 @@ impl Engine {
         Ok(self.credentials(project, branch.port)?.url())
     }
 
-    pub(super) fn credentials(&self, project: &ProjectRecord, port: u16) -> Result<super::view::Credentials> {
+    pub(super) fn credentials(
+        &self,
+        project: &ProjectRecord,
+        port: u16,
+    ) -> Result<super::view::Credentials> {
         let config = Self::config(project)?;
         Ok(super::view::Credentials {
             host: "127.0.0.1".into(),
@@ -214,18 +248,25 @@ fn mark(project: &ProjectRecord) -> Result<()> {
     let written = file
         .parent()
         .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| crate::fsx::write_atomic(&file, format!("{}\n", project.id).as_bytes(), 0o644, None));
+        .and_then(|()| {
+            crate::fsx::write_atomic(&file, format!("{}\n", project.id).as_bytes(), 0o644, None)
+        });
     written.map_err(|e| EngineError::io("write", &file, &e))
 }
 
 fn config_file(location: &Location) -> Option<PathBuf> {
-    let top = location.main_worktree.as_ref().or(location.worktree.as_ref())?;
+    let top = location
+        .main_worktree
+        .as_ref()
+        .or(location.worktree.as_ref())?;
     Some(top.join(config::FILE_NAME))
 }
 
 /// The config file's text and meaning; none where there is no file.
 fn read_config(location: &Location) -> Result<Option<(String, ProjectConfig)>> {
-    let Some(file) = config_file(location) else { return Ok(None) };
+    let Some(file) = config_file(location) else {
+        return Ok(None);
+    };
     let text = match std::fs::read_to_string(&file) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -236,6 +277,7 @@ fn read_config(location: &Location) -> Result<Option<(String, ProjectConfig)>> {
 }
 
 fn no_config(location: &Location) -> EngineError {
-    let place = config_file(location).unwrap_or_else(|| location.common_dir.join(config::FILE_NAME));
+    let place =
+        config_file(location).unwrap_or_else(|| location.common_dir.join(config::FILE_NAME));
     EngineError::config(format!("there is no {}", place.display())).hint("dbranch init")
 }

@@ -89,7 +89,11 @@ impl Engine {
     }
 
     /// Rolls back what was being made, finishes what was being destroyed; says what.
-    async fn finish_what_was_begun(&self, project: &ProjectRecord, dry_run: bool) -> Result<Vec<String>> {
+    async fn finish_what_was_begun(
+        &self,
+        project: &ProjectRecord,
+        dry_run: bool,
+    ) -> Result<Vec<String>> {
         let mut actions = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
             let action = match branch.stage {
@@ -101,7 +105,11 @@ impl Engine {
             if !dry_run {
                 // Whoever is making it right now holds its turn, and leaves it finished.
                 let mut live = slot.turn().await;
-                let still = self.0.registry.branch(&branch.id)?.is_some_and(|b| b.stage == branch.stage);
+                let still = self
+                    .0
+                    .registry
+                    .branch(&branch.id)?
+                    .is_some_and(|b| b.stage == branch.stage);
                 if !still {
                     continue;
                 }
@@ -134,10 +142,17 @@ impl Engine {
     }
 
     /// Reconciles a project with git, storage and runtime by the user's word.
-    pub async fn sync(&self, location: &Location, dry_run: bool, to: Reporter) -> Result<Reconciled> {
+    pub async fn sync(
+        &self,
+        location: &Location,
+        dry_run: bool,
+        to: Reporter,
+    ) -> Result<Reconciled> {
         let project = self.project_at(location)?;
-        let mut found =
-            Reconciled { actions: self.finish_what_was_begun(&project, dry_run).await?, notes: Vec::new() };
+        let mut found = Reconciled {
+            actions: self.finish_what_was_begun(&project, dry_run).await?,
+            notes: Vec::new(),
+        };
         if dry_run {
             self.foresee(&project, location, &mut found)?;
         } else {
@@ -161,15 +176,24 @@ impl Engine {
         Ok(found)
     }
 
-    fn foresee(&self, project: &ProjectRecord, location: &Location, found: &mut Reconciled) -> Result<()> {
+    fn foresee(
+        &self,
+        project: &ProjectRecord,
+        location: &Location,
+        found: &mut Reconciled,
+    ) -> Result<()> {
         if let Some(operation) = git::operation(&location.git_dir) {
-            found.notes.push(format!("git is in the middle of a {operation:?}: HEAD is not followed"));
+            found.notes.push(format!(
+                "git is in the middle of a {operation:?}: HEAD is not followed"
+            ));
             return Ok(());
         }
         let name = match git::head(&location.git_dir)? {
             Head::Branch(name) | Head::Unborn(name) => name,
             Head::Detached(_) => {
-                found.notes.push("HEAD is detached: the database stays where it is".into());
+                found
+                    .notes
+                    .push("HEAD is detached: the database stays where it is".into());
                 return Ok(());
             }
         };
@@ -179,13 +203,19 @@ impl Engine {
         match self.0.registry.branch_named(&project.id, &name)? {
             None => match self.find_parent(project, location, &name)? {
                 Some(parent) => {
-                    found.actions.push(format!("create branch `{name}` from `{}`", parent.name));
+                    found
+                        .actions
+                        .push(format!("create branch `{name}` from `{}`", parent.name));
                     found.actions.push(format!("switch to `{name}`"));
                 }
-                None => found.notes.push("no database branch yet: run `dbranch init-postgres`".into()),
+                None => found
+                    .notes
+                    .push("no database branch yet: run `dbranch init-postgres`".into()),
             },
             Some(branch) => {
-                let shown = self.endpoint_record(&Self::main_endpoint(project))?.and_then(|r| r.branch);
+                let shown = self
+                    .endpoint_record(&Self::main_endpoint(project))?
+                    .and_then(|r| r.branch);
                 if !location.is_linked_worktree() && shown.as_ref() != Some(&branch.id) {
                     found.actions.push(format!("switch to `{name}`"));
                 }
@@ -198,7 +228,13 @@ impl Engine {
     pub(super) async fn strangers_in_pools(&self, project: &ProjectRecord) -> Result<Vec<String>> {
         let mut known = HashSet::new();
         for other in self.0.registry.projects()? {
-            known.extend(self.0.registry.branches(&other.id)?.into_iter().map(|b| b.volume));
+            known.extend(
+                self.0
+                    .registry
+                    .branches(&other.id)?
+                    .into_iter()
+                    .map(|b| b.volume),
+            );
         }
         let mut notes = Vec::new();
         let mut pools = HashSet::new();
@@ -226,8 +262,14 @@ fn say(followed: &Followed) -> Vec<String> {
     }
     if let Some(created) = &followed.created {
         actions.push(match &created.parent {
-            Some(parent) => format!("created branch `{}` from `{parent}` ({})", created.branch.name, created.method),
-            None => format!("created branch `{}` ({})", created.branch.name, created.method),
+            Some(parent) => format!(
+                "created branch `{}` from `{parent}` ({})",
+                created.branch.name, created.method
+            ),
+            None => format!(
+                "created branch `{}` ({})",
+                created.branch.name, created.method
+            ),
         });
     }
     if let Some(switched) = followed.switched.as_ref().filter(|s| s.changed) {

@@ -86,6 +86,19 @@ impl Engine {
         Ok(projects)
     }
 
+    /// Ports on which the configs want the api to be served, beside the daemon's socket.
+    pub fn api_ports(&self) -> Vec<u16> {
+        let mut ports: Vec<_> = self
+            .projects()
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|project| Self::config(project).ok()?.api_port)
+            .collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+
     pub fn branch_count(&self, project: &ProjectRecord) -> Result<usize> {
         Ok(self.live_branches(project)?.len())
     }
@@ -114,10 +127,19 @@ impl Engine {
         Ok(self.view(record, &all, self.shown_at(&project, location)?.as_ref()))
     }
 
-    fn view(&self, b: &BranchRecord, all: &[BranchRecord], shown: Option<&BranchRecord>) -> BranchView {
+    fn view(
+        &self,
+        b: &BranchRecord,
+        all: &[BranchRecord],
+        shown: Option<&BranchRecord>,
+    ) -> BranchView {
         let slot = self.slot(&b.id);
         BranchView {
-            parent: b.parent.as_ref().and_then(|id| all.iter().find(|p| p.id == *id)).map(|p| p.name.clone()),
+            parent: b
+                .parent
+                .as_ref()
+                .and_then(|id| all.iter().find(|p| p.id == *id))
+                .map(|p| p.name.clone()),
             state: slot.state(),
             active: shown.is_some_and(|s| s.id == b.id),
             sessions: slot.sessions(),
@@ -127,14 +149,23 @@ impl Engine {
 
     /// The branch that a place's connections reach: in the main worktree what the endpoint
     /// shows, in a linked one the branch of its HEAD.
-    pub fn shown_at(&self, project: &ProjectRecord, location: &Location) -> Result<Option<BranchRecord>> {
+    pub fn shown_at(
+        &self,
+        project: &ProjectRecord,
+        location: &Location,
+    ) -> Result<Option<BranchRecord>> {
         if location.is_linked_worktree() {
             return match git::head(&location.git_dir)? {
-                Head::Branch(name) | Head::Unborn(name) => Ok(self.0.registry.branch_named(&project.id, &name)?),
+                Head::Branch(name) | Head::Unborn(name) => {
+                    Ok(self.0.registry.branch_named(&project.id, &name)?)
+                }
                 Head::Detached(_) => Ok(None),
             };
         }
-        match self.endpoint_record(&Self::main_endpoint(project))?.and_then(|r| r.branch) {
+        match self
+            .endpoint_record(&Self::main_endpoint(project))?
+            .and_then(|r| r.branch)
+        {
             Some(id) => Ok(self.0.registry.branch(&id)?),
             None => Ok(None),
         }
@@ -197,7 +228,9 @@ impl Engine {
                 usage: self.usage_of(branch).await?,
             });
         }
-        let Some(newest) = branches.last() else { return Ok((views, None)) };
+        let Some(newest) = branches.last() else {
+            return Ok((views, None));
+        };
         let driver = self.driver(newest).await?;
         let pool = newest.pool.clone();
         let kind = driver.kind().to_string();
@@ -220,7 +253,10 @@ impl Engine {
         match git::head(&location.git_dir)? {
             Head::Detached(_) => {
                 if let Some(shown) = &shown {
-                    notes.push(format!("HEAD is detached: the database stays on `{}`", shown.name));
+                    notes.push(format!(
+                        "HEAD is detached: the database stays on `{}`",
+                        shown.name
+                    ));
                 }
             }
             Head::Branch(name) | Head::Unborn(name) => {
@@ -233,7 +269,10 @@ impl Engine {
             }
         }
         if !self.are_allowed(project) {
-            notes.push("the config's commands are not allowed yet: review them with `dbranch allow`".into());
+            notes.push(
+                "the config's commands are not allowed yet: review them with `dbranch allow`"
+                    .into(),
+            );
         }
         if let Some(operation) = git::operation(&location.git_dir) {
             notes.push(format!("git is in the middle of a {operation:?}"));
@@ -271,6 +310,9 @@ mod tests {
             password: Password::new("a/b:c"),
             database: "app db".into(),
         };
-        assert_eq!(credentials.url(), "postgresql://me%40home:a%2Fb%3Ac@127.0.0.1:15432/app%20db");
+        assert_eq!(
+            credentials.url(),
+            "postgresql://me%40home:a%2Fb%3Ac@127.0.0.1:15432/app%20db"
+        );
     }
 }

@@ -51,12 +51,12 @@ pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
 /// Is the daemon, until it is told to end.
 pub(crate) fn run_daemon(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
     if args.detached {
-        drop_what_was_inherited();
+        leave_the_caller();
     } else if let Some(client) = Client::connect(&cx.paths)? {
         let info = ping(client)?;
         return Err(already_runs(&format!(" ({})", who(&info))));
     }
-    match daemon::run(&cx.paths, args.detached)? {
+    match daemon::run(&cx.paths)? {
         // Whoever started this one finds the other.
         Ended::AlreadyRunning { .. } if args.detached => Ok(ExitStatus::Done),
         Ended::AlreadyRunning { pid } => {
@@ -86,9 +86,12 @@ fn who(info: &DaemonInfo) -> String {
     )
 }
 
-/// Drops what was inherited by accident: a file that a caller holds locked would stay locked
-/// as long as the daemon lives. Nothing of this process is open yet but its standard streams.
-fn drop_what_was_inherited() {
+/// Leaves the terminal and drops what was inherited by accident: a file that a caller holds
+/// locked would stay locked as long as the daemon lives. Nothing of this process is open yet
+/// but its standard streams.
+fn leave_the_caller() {
+    // Fails only for the leader of a group, which then has no need of it.
+    let _ = nix::unistd::setsid();
     let Ok(open) = std::fs::read_dir("/dev/fd") else {
         return;
     };

@@ -10,7 +10,7 @@ const EXAMPLES: &str = "\
 Examples:
   dbranch list --trash
   dbranch undelete feature/login
-  dbranch undelete feature/login --as login-old     where the name is in use again";
+  dbranch undelete feature/login --as feature/login-old";
 
 /// Bring a branch back from the trash
 #[derive(Debug, clap::Args)]
@@ -19,7 +19,7 @@ pub(crate) struct Args {
     /// Branch to bring back
     #[arg(add = ArgValueCompleter::new(complete::trashed))]
     name: BranchName,
-    /// Name it gets [default: its own]
+    /// Bring it back under another name
     #[arg(long = "as", value_name = "NAME")]
     rename_to: Option<BranchName>,
 }
