@@ -24,7 +24,7 @@ Exit status:
 /// PostgreSQL databases that branch with git
 #[derive(Debug, Parser)]
 #[command(name = "dbranch", version, after_help = AFTER_HELP, arg_required_else_help = true)]
-#[command(disable_help_subcommand = true, max_term_width = 100)]
+#[command(max_term_width = 100)]
 pub(super) struct Cli {
     #[command(flatten)]
     pub(super) global: Global,
@@ -102,7 +102,10 @@ mod tests {
     fn the_help_of_every_command_has_examples_and_begins_without_a_period() {
         let mut cli = Cli::command();
         cli.build();
-        for command in cli.get_subcommands_mut().filter(|c| !c.is_hide_set()) {
+        for command in cli
+            .get_subcommands_mut()
+            .filter(|c| !c.is_hide_set() && c.get_name() != "help")
+        {
             let name = command.get_name().to_owned();
             let help = command.render_help().to_string();
             assert!(help.contains("Examples:\n  "), "{name}: {help}");

@@ -18,7 +18,7 @@ use super::report::{ExitStatus, Report};
 use super::ui::Ui;
 use crate::api::client::{self, Client};
 use crate::api::types::{At, Request};
-use crate::config::{FILE_NAME, Paths};
+use crate::config::{FILE_NAME, Machine, Paths, ProjectConfig};
 use crate::git::Location;
 
 /// How long a new daemon may take until it answers.
@@ -65,7 +65,12 @@ impl Context {
     /// where nothing hints at a project.
     pub(super) fn at(&self) -> Result<At, Report> {
         let location = self.location()?;
-        if is_marked(&location) || config_file(&location).is_some() {
+        if is_marked(&location) {
+            return Ok(at(&location));
+        }
+        if let Some(file) = config_file(&location) {
+            // The daemon has not seen it yet, so its faults are told here.
+            ProjectConfig::load(&file)?;
             return Ok(at(&location));
         }
         let top = location.worktree.as_deref().unwrap_or(&location.git_dir);
@@ -144,7 +149,7 @@ pub(super) fn config_file(location: &Location) -> Option<PathBuf> {
         .into_iter()
         .flatten()
         .map(|top| top.join(FILE_NAME))
-        .find(|file| file.is_file())
+        .find(|file| file.exists())
 }
 
 /// Connects to the daemon, or starts one and waits until it answers, `limit` at most.
@@ -157,6 +162,8 @@ pub(super) fn connect_or_start(paths: &Paths, limit: Duration) -> Result<Client,
 
 /// Starts a daemon in the background. Losing a race against another start is fine.
 pub(super) fn start(paths: &Paths, limit: Duration) -> Result<Client, Report> {
+    // What is wrong with the settings is told here, not by way of the daemon's log.
+    Machine::load(paths)?;
     paths.create()?;
     let log_file = paths.daemon_log();
     let mut log = open_log(&log_file)?;
@@ -166,8 +173,12 @@ pub(super) fn start(paths: &Paths, limit: Duration) -> Result<Client, Report> {
     let mut ended = None;
     let mut pause = Duration::from_millis(1);
     loop {
-        if let Some(client) = Client::connect(paths)? {
-            return Ok(client);
+        if let Some(mut client) = Client::connect(paths)? {
+            // The socket is there before the daemon is done with what it found.
+            let left = limit.saturating_sub(started.elapsed());
+            if client.call_within(left, &Request::Ping, drop).is_ok() {
+                return Ok(client);
+            }
         }
         if ended.is_none() {
             ended = child

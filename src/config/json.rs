@@ -40,12 +40,18 @@ impl Source<'_> {
 
     fn explain(&self, path: &[String], e: &serde_json::Error) -> ConfigError {
         if e.is_syntax() || e.is_eof() {
+            if self.text.trim().is_empty() {
+                return ConfigError::invalid(format!("{} is empty", self.file))
+                    .with_hint("remove it, and let `dbranch init` make a new one");
+            }
             let (file, line, column) = (self.file, e.line(), e.column().max(1));
             let text = bare(e);
-            return ConfigError::invalid(format!("{file}:{line}:{column}: not JSON: {text}"))
-                .with_hint(
-                    "write it as in .dbranch.config.example.json, or let `dbranch init` make it",
-                );
+            return ConfigError::invalid(format!(
+                "{file}, line {line}, column {column}: not JSON: {text}"
+            ))
+            .with_hint(
+                "write it as in .dbranch.config.example.json, or let `dbranch init` make it",
+            );
         }
         let text = bare(e);
         if let Some(key) = between(&text, "unknown field `") {
@@ -116,7 +122,10 @@ impl Source<'_> {
             .rev()
             .find_map(|n| position(self.text, &path[..=n]));
         let (line, column) = place.unwrap_or((1, 1));
-        ConfigError::invalid(format!("{}:{line}:{column}: {what}", self.file))
+        ConfigError::invalid(format!(
+            "{}, line {line}, column {column}: {what}",
+            self.file
+        ))
     }
 }
 

@@ -5,21 +5,23 @@ use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::Deserialize;
 
 use super::json::{Key, Source};
 use super::{ConfigError, Paths};
-use crate::types::Invalid;
 
 /// The word that leaves a choice to dbranch.
 const AUTO: &str = "auto";
+/// The names of the storage drivers and of the runtimes. They stand here, and not only in those
+/// rooms, so that a wrong one is an error of the setting, with its place.
+const STORAGE: [&str; 3] = [AUTO, "btrfs", "copy"];
+const RUNTIME: [&str; 3] = [AUTO, "docker", "native"];
 
 const KEYS: &[Key] = &[
     Key {
         path: "storage",
-        allowed: "\"auto\" or a storage driver's name such as \"btrfs\" or \"copy\" (default \"auto\")",
+        allowed: "\"auto\", \"btrfs\" or \"copy\" (default \"auto\")",
     },
     Key {
         path: "runtime",
@@ -54,19 +56,6 @@ impl fmt::Display for Origin {
 pub struct Setting<T> {
     pub value: T,
     pub origin: Origin,
-}
-
-impl Setting<String> {
-    /// The choice made; none when it is `auto`. The error names where the value came from.
-    pub fn choice<T: FromStr<Err = Invalid>>(&self) -> Result<Option<T>, ConfigError> {
-        if self.value == AUTO {
-            return Ok(None);
-        }
-        self.value.parse().map(Some).map_err(|e: Invalid| {
-            ConfigError::invalid(format!("{}: {e}", self.origin))
-                .with_hint("use one of these names, or `auto`")
-        })
-    }
 }
 
 /// This machine's settings.
@@ -112,9 +101,12 @@ impl Machine {
             keys: KEYS,
         };
         let file: File = source.read()?;
-        for (key, value) in [("storage", &file.storage), ("runtime", &file.runtime)] {
-            if value.as_deref().is_some_and(|v| v.trim().is_empty()) {
-                return Err(source.reject(key, "it is empty"));
+        for (key, value, names) in [
+            ("storage", &file.storage, STORAGE),
+            ("runtime", &file.runtime, RUNTIME),
+        ] {
+            if let Some(value) = value.as_deref().filter(|v| !names.contains(v)) {
+                return Err(source.reject(key, format!("there is no `{value}`")));
             }
         }
         if let Some(pool) = file.pool.as_ref().filter(|pool| !pool.is_absolute()) {
@@ -123,14 +115,16 @@ impl Machine {
         }
 
         let origin = Origin::File(path);
-        let text_of = |name: &'static str, from_file: Option<String>| {
+        let choice = |name: &'static str, from_file: Option<String>, names: [&str; 3]| {
             let (value, origin) = match (variable(name).filter(|v| !v.is_empty()), from_file) {
                 (Some(value), _) => {
-                    let value = value.into_string().map_err(|_| {
-                        ConfigError::invalid(format!("{name} is not UTF-8 text"))
-                            .with_hint(format!("set {name} to `auto`, or unset it"))
+                    let known = value.to_str().filter(|v| names.contains(v));
+                    let value = known.ok_or_else(|| {
+                        let value = value.to_string_lossy();
+                        ConfigError::invalid(format!("{name}: there is no `{value}`"))
+                            .with_hint(format!("set {name} to {}", names.join(", ")))
                     })?;
-                    (value, Origin::Variable(name))
+                    (value.to_owned(), Origin::Variable(name))
                 }
                 (None, Some(value)) => (value, origin.clone()),
                 (None, None) => (AUTO.to_owned(), Origin::Default),
@@ -165,8 +159,8 @@ impl Machine {
             },
         };
         Ok(Self {
-            storage: text_of("DBRANCH_STORAGE", file.storage)?,
-            runtime: text_of("DBRANCH_RUNTIME", file.runtime)?,
+            storage: choice("DBRANCH_STORAGE", file.storage, STORAGE)?,
+            runtime: choice("DBRANCH_RUNTIME", file.runtime, RUNTIME)?,
             pool,
         })
     }
@@ -175,19 +169,6 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    struct Colour;
-
-    impl FromStr for Colour {
-        type Err = Invalid;
-        fn from_str(s: &str) -> Result<Self, Invalid> {
-            if s == "red" {
-                Ok(Self)
-            } else {
-                Err(Invalid(format!("`{s}` is no colour")))
-            }
-        }
-    }
 
     fn load(file: Option<&str>, variables: &[(&str, &str)]) -> Result<Machine, ConfigError> {
         let dir = tempfile::tempdir().unwrap();
@@ -233,7 +214,8 @@ mod tests {
     fn wrong_settings_say_where_they_stand() {
         let e = load(Some(r#"{"storge": "copy"}"#), &[]).unwrap_err();
         assert!(
-            e.message.contains("config.json:1:2: unknown key `storge`"),
+            e.message
+                .contains("config.json, line 1, column 2: unknown key `storge`"),
             "{e}"
         );
         assert_eq!(e.hint.as_deref(), Some("did you mean `storage`?"));
@@ -241,13 +223,13 @@ mod tests {
         let e = load(None, &[("DBRANCH_POOL", "a")]).unwrap_err();
         assert!(e.message.contains("DBRANCH_POOL"), "{e}");
 
-        let machine = load(
-            None,
-            &[("DBRANCH_STORAGE", "blue"), ("DBRANCH_RUNTIME", "red")],
-        )
-        .unwrap();
-        let e = machine.storage.choice::<Colour>().err().unwrap();
-        assert_eq!(e.message, "DBRANCH_STORAGE: `blue` is no colour");
-        assert!(machine.runtime.choice::<Colour>().unwrap().is_some());
+        let e = load(None, &[("DBRANCH_STORAGE", "ntfs")]).unwrap_err();
+        assert_eq!(e.message, "DBRANCH_STORAGE: there is no `ntfs`");
+        assert_eq!(
+            e.hint.as_deref(),
+            Some("set DBRANCH_STORAGE to auto, btrfs, copy")
+        );
+        let e = load(Some(r#"{"runtime": "podman"}"#), &[]).unwrap_err();
+        assert!(e.message.contains("`runtime`: there is no `podman`"), "{e}");
     }
 }

@@ -276,16 +276,19 @@ mod tests {
     fn an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() {
         let (message, hint) =
             refusal("{\n  \"name\": \"a\",\n  \"postgres\": {\n    \"verison\": 15\n  }\n}");
-        assert_eq!(message, "c.json:4:5: unknown key `postgres.verison`");
+        assert_eq!(
+            message,
+            "c.json, line 4, column 5: unknown key `postgres.verison`"
+        );
         assert_eq!(hint, "did you mean `version`?");
         let (message, hint) = refusal("{\"name\": \"a\", \"colour\": 1}");
-        assert_eq!(message, "c.json:1:15: unknown key `colour`");
+        assert_eq!(message, "c.json, line 1, column 15: unknown key `colour`");
         assert!(
             hint.starts_with("the keys there are name, proxy_port,"),
             "{hint}"
         );
         let (message, _) = refusal("{\"name\": \"a\", \"git\": {\"x\": 1}}");
-        assert_eq!(message, "c.json:1:23: unknown key `git.x`");
+        assert_eq!(message, "c.json, line 1, column 23: unknown key `git.x`");
     }
 
     #[test]
@@ -294,17 +297,17 @@ mod tests {
         for (text, says, allows) in [
             (
                 r#"{"name": "a", "proxy_port": "x"}"#,
-                "c.json:1:15: `proxy_port`: invalid type",
+                "c.json, line 1, column 15: `proxy_port`: invalid type",
                 "`proxy_port` is the port",
             ),
             (
                 r#"{"name": "a", "proxy_port": 70000}"#,
-                "c.json:1:15: `proxy_port`: invalid value",
+                "c.json, line 1, column 15: `proxy_port`: invalid value",
                 "`proxy_port` is the port",
             ),
             (
                 r#"{"name": "a", "proxy_port": 0}"#,
-                "c.json:1:15: `proxy_port`: 0 is no port",
+                "c.json, line 1, column 15: `proxy_port`: 0 is no port",
                 "1 to 65535",
             ),
             (
@@ -324,7 +327,7 @@ mod tests {
             ),
             (
                 r#"{"name": ""}"#,
-                "c.json:1:2: `name`: it is empty",
+                "c.json, line 1, column 2: `name`: it is empty",
                 "1 to 63",
             ),
             (
@@ -334,7 +337,7 @@ mod tests {
             ),
             (
                 r#"{"name": "a", "postgres": {"version": 12}}"#,
-                "c.json:1:28: `postgres.version`: 12 is not supported",
+                "c.json, line 1, column 28: `postgres.version`: 12 is not supported",
                 "13 to 18",
             ),
             (
@@ -364,7 +367,7 @@ mod tests {
             ),
             (
                 r#"{"name": "a", "postgres": {"settings": {"port": 1}}}"#,
-                "c.json:1:41: `postgres.settings.port`: dbranch sets it",
+                "c.json, line 1, column 41: `postgres.settings.port`: dbranch sets it",
                 "own settings",
             ),
             (
@@ -379,7 +382,7 @@ mod tests {
             ),
             (
                 r#"{"name": "a", "git": {"ignore": ["ok", "[a"]}}"#,
-                "c.json:1:40: `git.ignore.1`: `[a` is no pattern",
+                "c.json, line 1, column 40: `git.ignore.1`: `[a` is no pattern",
                 "patterns",
             ),
             (
@@ -412,23 +415,26 @@ mod tests {
             let (message, hint) = refusal(text);
             assert!(message.contains(says), "{text}\n{message}");
             assert!(hint.contains(allows), "{text}\n{hint}");
-            assert!(message.starts_with("c.json:"), "{message}");
+            assert!(message.starts_with("c.json, line "), "{message}");
         }
     }
 
     #[test]
     fn what_is_not_json_is_refused_with_its_place() {
         for (text, says) in [
-            ("", "c.json:1:1: not JSON: EOF"),
+            ("", "c.json is empty"),
             (
                 "{\"name\": \"a\",\n}",
-                "c.json:2:1: not JSON: trailing comma",
+                "c.json, line 2, column 1: not JSON: trailing comma",
             ),
             (
                 "{\"name\": \"a\"} x",
-                "c.json:1:15: not JSON: trailing characters",
+                "c.json, line 1, column 15: not JSON: trailing characters",
             ),
-            ("{\"name\": \"a\"", "c.json:1:12: not JSON: EOF"),
+            (
+                "{\"name\": \"a\"",
+                "c.json, line 1, column 12: not JSON: EOF",
+            ),
             ("[]", "c.json"),
         ] {
             let (message, hint) = refusal(text);

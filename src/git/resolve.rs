@@ -414,7 +414,7 @@ mod tests {
     #[test]
     fn a_history_of_its_own_is_near_to_none() {
         let history: &[(u32, i64, &[u32])] = &[(1, 1, &[]), (2, 2, &[1]), (9, 3, &[])];
-        assert_eq!(nearest_in(history, 9, &[2], 100), []);
+        assert_eq!(nearest_in(history, 9, &[2], 100), Vec::<usize>::new());
         assert_eq!(nearest_in(history, 9, &[2, 9], 100), [1]);
     }
 
@@ -448,7 +448,7 @@ mod tests {
     #[test]
     fn the_limit_ends_the_walk_with_the_best_so_far() {
         assert_eq!(nearest_in(FORKED, 8, &[1, 8], 2), [1]);
-        assert_eq!(nearest_in(FORKED, 8, &[1], 2), []);
+        assert_eq!(nearest_in(FORKED, 8, &[1], 2), Vec::<usize>::new());
     }
 
     #[test]

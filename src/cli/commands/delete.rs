@@ -1,7 +1,6 @@
-use anyhow::anyhow;
 use clap_complete::ArgValueCompleter;
 
-use crate::api::types::{BranchDetails, BranchInfo, Deleted, Request};
+use crate::api::types::{At, BranchDetails, BranchInfo, Deleted, Request};
 use crate::cli::complete;
 use crate::cli::context::Context;
 use crate::cli::render;
@@ -40,21 +39,24 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
     names.sort();
     names.dedup();
     // All are looked at before the first is touched.
-    let known: Vec<BranchInfo> = cx.call_as(&Request::List {
-        at: at.clone(),
-        trash: false,
-    })?;
-    if let Some(name) = names
-        .iter()
-        .find(|name| !known.iter().any(|b| b.name == **name))
-    {
-        return Err(Report::refused(anyhow!("there is no branch `{name}`"))
-            .hint("see the branches with `dbranch list`"));
+    let mut what = Vec::new();
+    for name in &names {
+        what.push(describe(cx, &at, name, args.now)?);
     }
-    if !args.yes {
-        let consequence = consequence(cx, &names, args.now)?;
-        cx.ui.confirm(&consequence, false)?;
-    }
+    let (what, branch) = (
+        what.join(", "),
+        if names.len() == 1 {
+            "branch"
+        } else {
+            "branches"
+        },
+    );
+    let consequence = if args.now {
+        format!("this destroys the database {branch} {what} for good")
+    } else {
+        format!("this moves the database {branch} {what} to the trash")
+    };
+    cx.ui.confirm(&consequence, args.yes)?;
     let mut answers = Vec::new();
     for name in names {
         let request = Request::Delete {
@@ -85,31 +87,29 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
     Ok(ExitStatus::Done)
 }
 
-fn consequence(cx: &Context, names: &[BranchName], now: bool) -> Result<String, Report> {
-    let mut what = Vec::new();
-    for name in names {
-        let request = Request::Show {
-            at: cx.at()?,
-            name: name.clone(),
-        };
-        let branch: BranchDetails = cx.call_as(&request)?;
-        let size = branch
-            .exclusive_bytes
-            .map(|n| format!("{} of its own", render::bytes(n)));
-        let sessions = (branch.sessions > 0)
-            .then(|| render::count(branch.sessions, "open session", "open sessions"));
-        let facts: Vec<String> = [size, sessions].into_iter().flatten().collect();
-        what.push(if facts.is_empty() {
-            format!("`{name}`")
-        } else {
-            format!("`{name}` ({})", facts.join(", "))
-        });
+/// A branch and what would be lost with it. What there is not is the daemon's to refuse.
+fn describe(cx: &Context, at: &At, name: &BranchName, now: bool) -> Result<String, Report> {
+    let list = |trash| -> Result<Vec<BranchInfo>, Report> {
+        let at = at.clone();
+        cx.call_as(&Request::List { at, trash })
+    };
+    let is_meant = |b: &BranchInfo| b.name == *name || b.id.as_str() == name.as_str();
+    if now && !list(false)?.iter().any(is_meant) && list(true)?.iter().any(is_meant) {
+        return Ok(format!("`{name}` (in the trash)"));
     }
-    let (what, n) = (what.join(", "), names.len());
-    let branch = if n == 1 { "branch" } else { "branches" };
-    Ok(if now {
-        format!("this destroys the database {branch} {what} for good")
+    let request = Request::Show {
+        at: at.clone(),
+        name: name.clone(),
+    };
+    let branch: BranchDetails = cx.call_as(&request)?;
+    let size = branch.exclusive_bytes;
+    let size = size.map(|n| format!("{} of its own", render::bytes(n)));
+    let sessions = (branch.sessions > 0)
+        .then(|| render::count(branch.sessions, "open session", "open sessions"));
+    let facts: Vec<String> = [size, sessions].into_iter().flatten().collect();
+    Ok(if facts.is_empty() {
+        format!("`{name}`")
     } else {
-        format!("this moves the database {branch} {what} to the trash")
+        format!("`{name}` ({})", facts.join(", "))
     })
 }

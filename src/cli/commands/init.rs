@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
-use super::{doctor, install_hooks};
+use super::doctor;
 use crate::api::types::{At, Finding, Level, ProjectInfo, Request};
 use crate::cli::context::{self, Context};
 use crate::cli::report::{ExitStatus, Report};
-use crate::config::{FILE_NAME, ProjectConfig, name_from};
+use crate::config::{FILE_NAME, Machine, ProjectConfig, name_from};
 use crate::git::{self, Head, Location};
 
 const EXAMPLES: &str = "\
@@ -38,6 +38,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
     let location = cx.location()?;
+    // A daemon that runs already has not seen this shell's variables.
+    Machine::load(&cx.paths)?;
     let Some(top) = location.worktree.clone() else {
         return Err(Report::refused(anyhow!(
             "{} is a bare repository, with no place for {FILE_NAME}",
@@ -73,7 +75,6 @@ pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
         }
     };
     let mut findings = found_in_git(&location);
-    findings.push(install_hooks::finding(&location));
     match doctor::remote(cx) {
         Ok(more) => findings.extend(more),
         Err(report) => cx.ui.warn(format_args!("{:#}", report.error)),

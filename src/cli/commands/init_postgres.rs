@@ -6,6 +6,7 @@ use crate::api::types::{Created, Request};
 use crate::cli::context::Context;
 use crate::cli::render;
 use crate::cli::report::{ExitStatus, Report};
+use crate::config::{Machine, Origin, Setting};
 use crate::types::BranchName;
 
 const EXAMPLES: &str = "\
@@ -33,13 +34,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
+    let at = cx.at()?;
+    let machine = Machine::load(&cx.paths)?;
     let request = Request::InitPostgres {
-        at: cx.at()?,
+        at,
         branch: args.branch,
-        storage: args.storage,
-        runtime: args.runtime,
-        // The daemon stands elsewhere.
-        pool: args.pool.map(|pool| cx.dir.join(pool)),
+        storage: args.storage.or(of_variable(machine.storage)),
+        runtime: args.runtime.or(of_variable(machine.runtime)),
+        pool: match args.pool {
+            // The daemon stands elsewhere.
+            Some(pool) => Some(cx.dir.join(pool)),
+            None => of_variable(machine.pool).flatten(),
+        },
     };
     cx.answer(&request, |ui, created: &Created| {
         ui.status(format_args!(
@@ -54,4 +60,9 @@ pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
         Ok(())
     })?;
     Ok(ExitStatus::Done)
+}
+
+/// What this shell's variable says; a daemon that runs already has not seen it.
+fn of_variable<T>(setting: Setting<T>) -> Option<T> {
+    matches!(setting.origin, Origin::Variable(_)).then_some(setting.value)
 }

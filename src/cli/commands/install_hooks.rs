@@ -64,7 +64,7 @@ pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
     Ok(ExitStatus::Done)
 }
 
-/// How the hook stands, for `doctor` and `init`.
+/// How the hook stands, for `doctor`.
 pub(super) fn finding(location: &Location) -> Finding {
     let install = || Some("install it with `dbranch install-hooks`".to_owned());
     let (level, detail, fix) = match git::status(location) {
@@ -89,10 +89,10 @@ pub(super) fn finding(location: &Location) -> Finding {
                 ),
             }
         }
-        Err(e) => return super::doctor::finding_of("hook", e.into()),
+        Err(e) => return super::doctor::finding_of("git hooks", e.into()),
     };
     Finding {
-        what: "hook".into(),
+        what: "git hooks".into(),
         level,
         detail,
         fix,

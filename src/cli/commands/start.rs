@@ -54,20 +54,23 @@ pub(crate) fn run_daemon(cx: &Context, args: &Args) -> Result<ExitStatus, Report
         leave_the_caller();
     } else if let Some(client) = Client::connect(&cx.paths)? {
         let info = ping(client)?;
-        return Err(Report::refused(anyhow!("the daemon already runs ({})", who(&info)))
-            .hint("stop it with `dbranch shutdown`, or read along with `dbranch logs --daemon --follow`"));
+        return Err(already_runs(&format!(" ({})", who(&info))));
     }
-    cx.paths.create()?;
     match daemon::run(&cx.paths)? {
-        // Two were started at once; whoever asked reaches the other one.
+        // Whoever started this one finds the other.
         Ended::AlreadyRunning { .. } if args.detached => Ok(ExitStatus::Done),
         Ended::AlreadyRunning { pid } => {
-            let who = pid.map_or_else(String::new, |pid| format!(" (pid {pid})"));
-            Err(Report::refused(anyhow!("the daemon already runs{who}"))
-                .hint("stop it with `dbranch shutdown`"))
+            let pid = pid.map_or(String::new(), |pid| format!(" (pid {pid})"));
+            Err(already_runs(&pid))
         }
         Ended::Stopped => Ok(ExitStatus::Done),
     }
+}
+
+fn already_runs(who: &str) -> Report {
+    Report::refused(anyhow!("the daemon already runs{who}")).hint(
+        "stop it with `dbranch shutdown`, or read along with `dbranch logs --daemon --follow`",
+    )
 }
 
 fn ping(mut client: Client) -> Result<DaemonInfo, Report> {
@@ -87,7 +90,7 @@ fn who(info: &DaemonInfo) -> String {
 /// locked would stay locked as long as the daemon lives. Nothing of this process is open yet
 /// but its standard streams.
 fn leave_the_caller() {
-    // Fails for the leader of a group, which then has no terminal to lose.
+    // Fails only for the leader of a group, which then has no need of it.
     let _ = nix::unistd::setsid();
     let Ok(open) = std::fs::read_dir("/dev/fd") else {
         return;
