@@ -294,10 +294,10 @@ async fn clone_running(
             };
             tokio::task::spawn_blocking(clone).await.unwrap().unwrap();
             let label = backup.stop().await.unwrap();
+            write_backup_label(&data, &label, Some(programs.owner)).unwrap();
             for file in label.wal_files() {
                 driver.catch_up(from, &to, &file).unwrap();
             }
-            write_backup_label(&data, &label, Some(programs.owner)).unwrap();
             drop(backup.end().await.unwrap());
         }
     }
@@ -369,7 +369,7 @@ async fn clones_of_a_busy_parent_are_sound(
     let load = Load::start(&server, &password).await;
     let mut clones = Vec::new();
     for _ in 0..3 {
-        load.wait_for(200).await;
+        load.wait_for(100).await;
         let before = load.done.load(Ordering::Relaxed);
         clones.push((
             clone_running(&driver, programs, &server, &password, &from).await,
