@@ -384,6 +384,8 @@ fn a_user_without_privileges_can_do_all_of_it() {
         .current_dir("/")
         .env_remove("DBRANCH_TEST_REQUIRE")
         .env("DBRANCH_TEST_BTRFS", folder.path())
+        // The one of root may be closed to others.
+        .env("TMPDIR", folder.path())
         .arg("storage::contract::")
         .output()
         .unwrap();
