@@ -48,11 +48,15 @@ const SHM_BYTES: i64 = 1 << 30;
 /// How long a killed or removed container may take to disappear.
 const KILL_GRACE: Duration = Duration::from_secs(20);
 
+/// How soon a signal is repeated.
+const SIGNAL_AGAIN: Duration = Duration::from_millis(500);
+
 /// How often a lost engine is asked again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// A leftover of [`Docker::run_once`] is nobody's after this time.
-const ONCE_SECONDS: i64 = 600;
+/// A container that was made and not started within this time, or a leftover of
+/// [`Docker::run_once`], is nobody's.
+const ABANDONED_SECONDS: i64 = 600;
 
 /// One program to be run to its end in a container.
 #[derive(Debug, Default)]
@@ -125,7 +129,7 @@ impl Docker {
             Ok(id) => id,
             Err(e) if status_of(&e) == Some(409) => {
                 // The name is taken: by our instance, or by what was left of one.
-                if let Some(instance) = self.find(spec).await? {
+                if let Some(instance) = self.look(spec, true).await? {
                     return Ok(instance);
                 }
                 self.create(&name, body)
@@ -149,6 +153,17 @@ impl Docker {
     pub(in crate::runtime) async fn find(
         &self,
         spec: &InstanceSpec,
+    ) -> Result<Option<Instance>, RuntimeError> {
+        self.look(spec, false).await
+    }
+
+    /// Finds the instance and removes what is left of earlier ones. A container
+    /// that was never started may be just about to be, by a start elsewhere: it
+    /// is removed when `starting` (then that start is ours) or when it is old.
+    async fn look(
+        &self,
+        spec: &InstanceSpec,
+        starting: bool,
     ) -> Result<Option<Instance>, RuntimeError> {
         let data_dir = path_text(&spec.data_dir)?;
         for found in self
@@ -177,6 +192,7 @@ impl Docker {
                         .map_err(|e| failed(format!("wake the container {id}"), &e))?;
                     return Ok(Some(self.instance(spec, id).await?));
                 }
+                Some(ContainerSummaryStateEnum::CREATED) if !starting && !is_abandoned(&found) => {}
                 Some(
                     ContainerSummaryStateEnum::CREATED
                     | ContainerSummaryStateEnum::EXITED
@@ -203,10 +219,36 @@ impl Docker {
             StopMode::Fast => "SIGINT",
             StopMode::Immediate => "SIGQUIT",
         };
-        let mut exit = exit.clone();
         for (signal, grace) in [(signal, STOP_GRACE), ("SIGKILL", KILL_GRACE)] {
-            if exit.borrow().is_some() {
-                break;
+            match self.signal_until_end(id, signal, grace, exit).await {
+                Ok(true) => break,
+                Ok(false) => tracing::warn!(
+                    "container {id} of `{}` did not end {grace:?} after {signal}",
+                    spec.branch_name
+                ),
+                Err(e) => return Err(failed(format!("stop `{}`", spec.branch_name), &e)),
+            }
+        }
+        self.remove(id).await
+    }
+
+    /// Sends `signal` and waits; says whether the container ended within `grace`.
+    ///
+    /// The signal is repeated, as the first process of a container gets none that
+    /// it has no handler for yet (`pid_namespaces(7)`): a stop soon after the start
+    /// would be lost. To postgres it means the same once or many times.
+    async fn signal_until_end(
+        &self,
+        id: &str,
+        signal: &str,
+        grace: Duration,
+        exit: &watch::Receiver<Option<Exit>>,
+    ) -> Result<bool, ApiError> {
+        let mut exit = exit.clone();
+        let limit = tokio::time::Instant::now() + grace;
+        while exit.borrow().is_none() {
+            if tokio::time::Instant::now() >= limit {
+                return Ok(false);
             }
             let options = KillContainerOptionsBuilder::default()
                 .signal(signal)
@@ -214,20 +256,16 @@ impl Docker {
             match self.api.kill_container(id, Some(options)).await {
                 Ok(()) => {}
                 // Not running, or gone.
-                Err(e) if matches!(status_of(&e), Some(404 | 409)) => break,
-                Err(e) => return Err(failed(format!("stop `{}`", spec.branch_name), &e)),
+                Err(e) if matches!(status_of(&e), Some(404 | 409)) => return Ok(true),
+                Err(e) => return Err(e),
             }
-            match tokio::time::timeout(grace, exit.wait_for(Option::is_some)).await {
-                Ok(Ok(_)) => break,
-                // Nobody watches any more; removing it ends it too.
-                Ok(Err(_)) => break,
-                Err(_) => tracing::warn!(
-                    "container {id} of `{}` did not end {grace:?} after {signal}",
-                    spec.branch_name
-                ),
+            let ended = tokio::time::timeout(SIGNAL_AGAIN, exit.wait_for(Option::is_some)).await;
+            // Done too when nobody watches any more: removing it ends it.
+            if ended.is_ok() {
+                return Ok(true);
             }
         }
-        self.remove(id).await
+        Ok(true)
     }
 
     /// Runs a program to its end; returns its exit status and all its output.
@@ -287,9 +325,6 @@ impl Docker {
         let Ok(left) = self.list(&[format!("{ONCE}=1")]).await else {
             return;
         };
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
         for one in left {
             let ended = matches!(
                 one.state,
@@ -299,8 +334,9 @@ impl Docker {
                         | ContainerSummaryStateEnum::DEAD
                 )
             );
-            let old = one.created.is_some_and(|at| now - at > ONCE_SECONDS);
-            if let (Some(id), true, true) = (one.id, ended, old)
+            if ended
+                && is_abandoned(&one)
+                && let Some(id) = one.id
                 && let Err(e) = self.remove(&id).await
             {
                 tracing::debug!("leftover container {id}: {e}");
@@ -519,6 +555,15 @@ impl Docker {
     }
 }
 
+fn is_abandoned(container: &ContainerSummary) -> bool {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
+    container
+        .created
+        .is_some_and(|at| now - at > ABANDONED_SECONDS)
+}
+
 fn removed() -> Exit {
     Exit {
         clean: false,
@@ -625,5 +670,51 @@ impl Drop for PasswdFile {
         if let Err(e) = prepare::remove_if_there(&self.0) {
             tracing::debug!("{}: {e}", self.0.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the contract's tests must see of a container.
+    impl Docker {
+        pub(in crate::runtime) async fn pid_of(&self, id: &str) -> u32 {
+            let state = self.inspect(id).await.unwrap().state.unwrap();
+            state.pid.unwrap().try_into().unwrap()
+        }
+
+        pub(in crate::runtime) async fn assert_confined(&self, id: &str, memory: i64, cpus: i64) {
+            let inspected = self.inspect(id).await.unwrap();
+            let mounts = inspected.mounts.unwrap();
+            assert!(
+                mounts.iter().all(|mount| mount.name.is_none()),
+                "{mounts:?}"
+            );
+            let host = inspected.host_config.unwrap();
+            assert_eq!(host.network_mode.as_deref(), Some("none"));
+            assert_eq!(host.memory, Some(memory));
+            assert_eq!(host.nano_cpus, Some(cpus));
+            assert_eq!(host.cap_drop, Some(vec!["ALL".to_owned()]));
+            let restart = host.restart_policy.and_then(|policy| policy.name);
+            assert!(
+                restart.is_none_or(|name| ["", "no"].contains(&name.to_string().as_str())),
+                "no restart policy"
+            );
+            let status = fs::read_to_string(format!("/proc/{}/status", self.pid_of(id).await));
+            assert!(
+                status
+                    .unwrap()
+                    .lines()
+                    .any(|l| l.starts_with("CapEff:") && l.ends_with("0000000000000000"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_path_with_a_colon_is_refused() {
+        assert!(bind(Path::new("/a:b"), "/x", "").is_err());
+        assert!(bind(Path::new("a"), "/x", "").is_err());
+        assert_eq!(bind(Path::new("/a b"), "/x", ":ro").unwrap(), "/a b:/x:ro");
     }
 }
