@@ -1,10 +1,7 @@
-//! Containers: one for each instance, and short ones for initdb.
+//! The container of an instance.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use bollard::errors::Error as ApiError;
@@ -14,8 +11,8 @@ use bollard::models::{
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, InspectContainerOptions, KillContainerOptionsBuilder,
-    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
-    StartContainerOptions, WaitContainerOptions,
+    ListContainersOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
+    WaitContainerOptions,
 };
 use futures_util::StreamExt as _;
 use tokio::sync::watch;
@@ -24,8 +21,7 @@ use super::image::absent;
 use super::{Connect, Docker, RuntimeError, failed, said, status_of};
 use crate::runtime::prepare::{self, PORT};
 use crate::runtime::{
-    Exit, Handle, InitSpec, Instance, InstanceSpec, STOP_GRACE, Server, StopMode, blocking,
-    initdb_args, postgres_args,
+    Exit, Handle, Instance, InstanceSpec, STOP_GRACE, Server, StopMode, blocking, postgres_args,
 };
 use crate::types::{BackendAddress, Owner};
 
@@ -33,9 +29,6 @@ const PROJECT: &str = "dev.dbranch.project";
 const BRANCH: &str = "dev.dbranch.branch";
 /// The data directory on the host: a container is an instance's only if it serves that.
 const DATA: &str = "dev.dbranch.data";
-/// Marks short-lived containers.
-const ONCE: &str = "dev.dbranch.once";
-
 /// The socket's folder in the container is the image's default, so `docker exec
 /// ... psql` finds the server.
 const SOCKET_DIR: &str = "/var/run/postgresql";
@@ -55,59 +48,10 @@ const SIGNAL_AGAIN: Duration = Duration::from_millis(500);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// A container that was made and not started within this time, or a leftover of
-/// [`Docker::run_once`], is nobody's.
+/// `run_once`, is nobody's.
 const ABANDONED_SECONDS: i64 = 600;
 
-/// One program to be run to its end in a container.
-#[derive(Debug, Default)]
-pub(super) struct Once<'a> {
-    pub(super) image: &'a str,
-    /// For messages: "make the database cluster".
-    pub(super) action: String,
-    pub(super) entrypoint: Vec<String>,
-    pub(super) user: Option<String>,
-    pub(super) env: Vec<String>,
-    pub(super) binds: Vec<String>,
-    /// Declared volumes of the image to be hidden.
-    pub(super) to_cover: Vec<String>,
-}
-
 impl Docker {
-    pub(in crate::runtime) async fn init_cluster(
-        &self,
-        spec: &InitSpec,
-    ) -> Result<(), RuntimeError> {
-        prepare::check_owner(spec.owner)?;
-        let image = image_of(&spec.server)?;
-        let major = self.major_of(image).await?;
-        let layout = self.layout_of(image).await?;
-        let passwd = PasswdFile::write(&spec.password_file, spec)?;
-        let mut entrypoint = vec!["initdb".to_owned()];
-        entrypoint.extend(initdb_args(spec, major, &layout.data_dir, "/run/pwfile"));
-        let (code, output) = self
-            .run_once(Once {
-                image,
-                action: "make the database cluster (initdb)".into(),
-                entrypoint,
-                user: Some(user(spec.owner)),
-                env: vec!["LC_ALL=C".into()],
-                binds: vec![
-                    bind(&spec.data_dir, &layout.data_dir, "")?,
-                    bind(&spec.password_file, "/run/pwfile", ":ro")?,
-                    bind(&passwd.0, "/etc/passwd", ":ro")?,
-                ],
-                to_cover: layout.to_cover,
-            })
-            .await?;
-        if code == 0 {
-            return Ok(());
-        }
-        Err(RuntimeError::failed(
-            "make the database cluster (initdb)",
-            output.trim(),
-        ))
-    }
-
     pub(in crate::runtime) async fn start(
         &self,
         spec: &InstanceSpec,
@@ -268,82 +212,6 @@ impl Docker {
         Ok(true)
     }
 
-    /// Runs a program to its end; returns its exit status and all its output.
-    pub(super) async fn run_once(&self, once: Once<'_>) -> Result<(i64, String), RuntimeError> {
-        self.sweep().await;
-        let action = once.action;
-        let body = ContainerCreateBody {
-            image: Some(once.image.to_owned()),
-            user: once.user,
-            env: Some(once.env),
-            entrypoint: Some(once.entrypoint),
-            cmd: Some(Vec::new()),
-            labels: Some(HashMap::from([(ONCE.to_owned(), "1".to_owned())])),
-            host_config: Some(HostConfig {
-                binds: Some(once.binds),
-                tmpfs: Some(covers(once.to_cover)),
-                network_mode: Some("none".into()),
-                ..self.host_config()
-            }),
-            ..ContainerCreateBody::default()
-        };
-        let created = self
-            .api
-            .create_container(
-                None::<bollard::query_parameters::CreateContainerOptions>,
-                body,
-            )
-            .await;
-        let id = match created {
-            Ok(created) => created.id,
-            Err(e) if status_of(&e) == Some(404) => return Err(absent(once.image)),
-            Err(e) => return Err(failed(action, &e)),
-        };
-        let outcome = async {
-            self.api
-                .start_container(&id, None::<StartContainerOptions>)
-                .await?;
-            let code = self.code_at_end(&id).await?;
-            let options = LogsOptionsBuilder::default()
-                .stdout(true)
-                .stderr(true)
-                .build();
-            let mut logs = std::pin::pin!(self.api.logs(&id, Some(options)));
-            let mut output = String::new();
-            while let Some(piece) = logs.next().await {
-                output.push_str(&piece?.to_string());
-            }
-            Ok::<_, ApiError>((code, output))
-        }
-        .await;
-        self.remove(&id).await?;
-        outcome.map_err(|e| failed(action, &e))
-    }
-
-    /// Removes ended containers that a killed daemon left behind.
-    async fn sweep(&self) {
-        let Ok(left) = self.list(&[format!("{ONCE}=1")]).await else {
-            return;
-        };
-        for one in left {
-            let ended = matches!(
-                one.state,
-                Some(
-                    ContainerSummaryStateEnum::CREATED
-                        | ContainerSummaryStateEnum::EXITED
-                        | ContainerSummaryStateEnum::DEAD
-                )
-            );
-            if ended
-                && is_abandoned(&one)
-                && let Some(id) = one.id
-                && let Err(e) = self.remove(&id).await
-            {
-                tracing::debug!("leftover container {id}: {e}");
-            }
-        }
-    }
-
     fn body(
         &self,
         spec: &InstanceSpec,
@@ -410,7 +278,7 @@ impl Docker {
     }
 
     /// What all our containers have in common: no rights, no network, no restart.
-    fn host_config(&self) -> HostConfig {
+    pub(super) fn host_config(&self) -> HostConfig {
         HostConfig {
             userns_mode: self.maps_users.then(|| "host".into()),
             cap_drop: Some(vec!["ALL".into()]),
@@ -429,7 +297,10 @@ impl Docker {
         Ok(self.api.create_container(Some(options), body).await?.id)
     }
 
-    async fn list(&self, labels: &[String]) -> Result<Vec<ContainerSummary>, RuntimeError> {
+    pub(super) async fn list(
+        &self,
+        labels: &[String],
+    ) -> Result<Vec<ContainerSummary>, RuntimeError> {
         let filters = HashMap::from([("label".to_owned(), labels.to_vec())]);
         let options = ListContainersOptionsBuilder::default()
             .all(true)
@@ -449,7 +320,7 @@ impl Docker {
 
     /// Removes a container, running or not, with its anonymous volumes; returns
     /// when it is gone.
-    async fn remove(&self, id: &str) -> Result<(), RuntimeError> {
+    pub(super) async fn remove(&self, id: &str) -> Result<(), RuntimeError> {
         let limit = tokio::time::Instant::now() + KILL_GRACE;
         loop {
             let options = RemoveContainerOptionsBuilder::default()
@@ -522,7 +393,7 @@ impl Docker {
     }
 
     /// The exit status, once there is one.
-    async fn code_at_end(&self, id: &str) -> Result<i64, ApiError> {
+    pub(super) async fn code_at_end(&self, id: &str) -> Result<i64, ApiError> {
         let mut wait = std::pin::pin!(self.api.wait_container(id, None::<WaitContainerOptions>));
         match wait.next().await {
             Some(Ok(answer)) => Ok(answer.status_code),
@@ -555,7 +426,7 @@ impl Docker {
     }
 }
 
-fn is_abandoned(container: &ContainerSummary) -> bool {
+pub(super) fn is_abandoned(container: &ContainerSummary) -> bool {
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
@@ -571,7 +442,7 @@ fn removed() -> Exit {
     }
 }
 
-fn image_of(server: &Server) -> Result<&str, RuntimeError> {
+pub(super) fn image_of(server: &Server) -> Result<&str, RuntimeError> {
     match server {
         Server::Docker { image } => Ok(image),
         Server::Native { bin_dir } => Err(RuntimeError::failed(
@@ -581,7 +452,7 @@ fn image_of(server: &Server) -> Result<&str, RuntimeError> {
     }
 }
 
-fn user(owner: Owner) -> String {
+pub(super) fn user(owner: Owner) -> String {
     format!("{}:{}", owner.uid, owner.gid)
 }
 
@@ -595,7 +466,7 @@ fn nano_cpus(cpus: f64) -> i64 {
 
 /// Hides declared volumes, which would become anonymous ones, under empty
 /// memory file systems; mounts inside them stay visible.
-fn covers(volumes: Vec<String>) -> HashMap<String, String> {
+pub(super) fn covers(volumes: Vec<String>) -> HashMap<String, String> {
     volumes
         .into_iter()
         .map(|path| (path, "size=64k,mode=0755".to_owned()))
@@ -611,7 +482,7 @@ fn path_text(path: &Path) -> Result<&str, RuntimeError> {
     })
 }
 
-fn bind(from: &Path, to: &str, mode: &str) -> Result<String, RuntimeError> {
+pub(super) fn bind(from: &Path, to: &str, mode: &str) -> Result<String, RuntimeError> {
     let from = path_text(from)?;
     if from.contains(':') {
         // The engine splits there; it offers no way to write one.
@@ -639,42 +510,10 @@ fn container_name(spec: &InstanceSpec) -> String {
     format!("dbranch-{slug}-{}", spec.branch)
 }
 
-/// A passwd file with the owner in it: initdb asks who it is, and the image
-/// knows nothing of our user. Removed when dropped.
-#[derive(Debug)]
-struct PasswdFile(PathBuf);
-
-impl PasswdFile {
-    fn write(beside: &Path, spec: &InitSpec) -> Result<Self, RuntimeError> {
-        let path = beside.with_extension("passwd");
-        let Owner { uid, gid } = spec.owner;
-        let text = format!(
-            "root:x:0:0:root:/root:/bin/sh\npostgres:x:{uid}:{gid}::/var/lib/postgresql:/bin/sh\n"
-        );
-        let write = || {
-            prepare::remove_if_there(&path)?;
-            fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o644)
-                .open(&path)?
-                .write_all(text.as_bytes())
-        };
-        write().map_err(|e| RuntimeError::failed(format!("write {}", path.display()), e))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for PasswdFile {
-    fn drop(&mut self) {
-        if let Err(e) = prepare::remove_if_there(&self.0) {
-            tracing::debug!("{}: {e}", self.0.display());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     /// What the contract's tests must see of a container.
