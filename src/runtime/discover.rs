@@ -35,10 +35,10 @@ pub fn installed() -> Vec<Installed> {
 
 /// Chooses the programs of `version`, or the newest supported ones. Blocks.
 pub fn server_for(version: Option<u32>) -> Result<(Server, u32), RuntimeError> {
-    choose_from(installed(), version)
+    choose_from(&installed(), version)
 }
 
-fn choose_from(found: Vec<Installed>, version: Option<u32>) -> Result<(Server, u32), RuntimeError> {
+fn choose_from(found: &[Installed], version: Option<u32>) -> Result<(Server, u32), RuntimeError> {
     let fits = |one: &&Installed| match version {
         Some(version) => one.major == version,
         None => SUPPORTED.contains(&one.major),
@@ -181,7 +181,7 @@ impl Places {
 }
 
 fn is_program(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
     std::fs::metadata(path)
         .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
@@ -228,7 +228,7 @@ pub(super) fn major_in(version: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
 
     fn fake(root: &Path, name: &str, version: &str, programs: &[&str]) -> PathBuf {
         let dir = root.join(name);
@@ -325,9 +325,9 @@ mod tests {
             source: "PATH",
         };
         let all = || vec![one(19), one(17), one(12)];
-        assert_eq!(choose_from(all(), Some(17)).unwrap().1, 17);
-        assert_eq!(choose_from(all(), None).unwrap().1, 17);
-        let Err(RuntimeError::NoServer { message, hint }) = choose_from(all(), Some(16)) else {
+        assert_eq!(choose_from(&all(), Some(17)).unwrap().1, 17);
+        assert_eq!(choose_from(&all(), None).unwrap().1, 17);
+        let Err(RuntimeError::NoServer { message, hint }) = choose_from(&all(), Some(16)) else {
             panic!("16 is not there");
         };
         assert!(
@@ -335,6 +335,6 @@ mod tests {
             "{message}"
         );
         assert!(hint.contains("DBRANCH_PG_BIN"), "{hint}");
-        assert!(choose_from(Vec::new(), None).is_err());
+        assert!(choose_from(&[], None).is_err());
     }
 }

@@ -5,6 +5,8 @@
 //! instance runs is always observed.
 
 mod choose;
+#[cfg(test)]
+mod contract;
 pub mod discover;
 mod docker;
 mod native;

@@ -90,7 +90,10 @@ impl Native {
 
     pub(super) async fn find(self, spec: &InstanceSpec) -> Result<Option<Instance>, RuntimeError> {
         let data_dir = spec.data_dir.clone();
-        let Some(postmaster) = blocking(move || Ok(Postmaster::of(&data_dir))).await? else {
+        let found = blocking(move || {
+            Ok(Postmaster::of(&data_dir).map(|found| (found, recorded_address(&data_dir))))
+        });
+        let Some((postmaster, recorded)) = found.await? else {
             return Ok(None);
         };
         let pid = postmaster.pid();
@@ -112,7 +115,7 @@ impl Native {
             }));
         });
         Ok(Some(Instance {
-            address: address(spec),
+            address: recorded.unwrap_or_else(|| address(spec)),
             handle: Handle::Process { pid },
             exit,
         }))
@@ -154,6 +157,18 @@ fn address(spec: &InstanceSpec) -> BackendAddress {
         dir: spec.socket_dir.clone(),
         port: PORT,
     }
+}
+
+/// Where the server that wrote `postmaster.pid` listens: its lines 4 and 5 are
+/// port and socket folder, once it has them (pidfile.h). An earlier daemon may
+/// have chosen another folder than this one would.
+fn recorded_address(data_dir: &Path) -> Option<BackendAddress> {
+    let text = std::fs::read_to_string(data_dir.join("postmaster.pid")).ok()?;
+    let mut lines = text.lines().skip(3);
+    let port = lines.next()?.trim().parse().ok()?;
+    let dir = PathBuf::from(lines.next()?.trim());
+    dir.is_absolute()
+        .then_some(BackendAddress::Unix { dir, port })
 }
 
 fn bin_dir_of(server: &Server) -> Result<&Path, RuntimeError> {

@@ -88,14 +88,15 @@ fn check_limits(limits: Limits) -> Result<(), RuntimeError> {
     Ok(())
 }
 
-/// Makes sure that no server uses the data directory, and that postgres will see
-/// that too.
+/// Makes sure that no server uses the data directory, and that a
+/// `postmaster.pid` left there misleads nobody.
 ///
-/// postgres itself settles a `postmaster.pid` whose process is gone: it looks
-/// for backends that outlived it by their shared memory (`CreateLockFile` in
-/// miscinit.c). Two cases escape it. A server in a container has other pids and
-/// other shared memory: two servers would write one data directory. And where
-/// the pid is another process by now it refuses to start for ever.
+/// postgres itself settles one whose process is gone: it looks for backends that
+/// outlived it by their shared memory (`CreateLockFile` in miscinit.c). What it
+/// can't see is a server in a container, which has other pids and other shared
+/// memory; two servers would write one data directory. Where the pid is another
+/// process by now it refuses to start for ever. And who waits for the new server
+/// would read in the old file that it is ready.
 fn settle_old_postmaster(data_dir: &Path) -> Result<(), String> {
     let file = data_dir.join("postmaster.pid");
     let text = match fs::read_to_string(&file) {
@@ -104,21 +105,24 @@ fn settle_old_postmaster(data_dir: &Path) -> Result<(), String> {
         Err(e) => return Err(format!("read {}: {e}", file.display())),
     };
     wait_for_orphans(data_dir)?;
-    let pid = process::recorded_pid(data_dir);
-    if pid.is_some_and(process::exists) || pid.is_none() {
-        // Not removed: with a pid that no system gives out, postgres still
-        // makes its own check of the shared memory that the file names.
-        let rest = text.split_once('\n').map_or("", |(_, rest)| rest);
-        let meta = fs::metadata(&file).map_err(|e| format!("{}: {e}", file.display()))?;
-        let new = data_dir.join("postmaster.pid.dbranch");
-        fs::write(&new, format!("{}\n{rest}", i32::MAX))
-            .and_then(|()| fs::set_permissions(&new, meta.permissions()))
-            .and_then(|()| own_as(&new, &meta))
-            .and_then(|()| fs::rename(&new, &file))
-            .map_err(|e| format!("rewrite {}: {e}", file.display()))?;
-        tracing::info!("{} named a process that is no postmaster", file.display());
+    let meta = fs::metadata(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+    let new = data_dir.join("postmaster.pid.dbranch");
+    fs::write(&new, disarmed(&text))
+        .and_then(|()| fs::set_permissions(&new, meta.permissions()))
+        .and_then(|()| own_as(&new, &meta))
+        .and_then(|()| fs::rename(&new, &file))
+        .map_err(|e| format!("rewrite {}: {e}", file.display()))
+}
+
+/// A pid file that no living process matches, still with the shared memory in
+/// its line 7, for postgres' own check, but not with the state in line 8.
+fn disarmed(pid_file: &str) -> String {
+    let mut text = format!("{}\n", i32::MAX);
+    for line in pid_file.lines().take(7).skip(1) {
+        text.push_str(line);
+        text.push('\n');
     }
-    Ok(())
+    text
 }
 
 fn own_as(path: &Path, like: &fs::Metadata) -> io::Result<()> {
@@ -218,23 +222,26 @@ mod tests {
         fs::write(&log, "a\nb\nc\n").unwrap();
         assert_eq!(tail(&log, 2), "b\nc");
         assert_eq!(tail(&log, 9), "a\nb\nc");
-        let long = "x".repeat(200_000) + "\nend\n";
-        fs::write(&log, long).unwrap();
+        let much = "x".repeat(200_000) + "\nend\n";
+        fs::write(&log, much).unwrap();
         assert_eq!(tail(&log, 1), "end");
     }
 
     #[test]
-    fn a_pid_file_with_a_strangers_pid_is_disarmed_and_keeps_its_other_lines() {
+    fn an_old_pid_file_names_nobody_and_no_state_any_more() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("postmaster.pid");
-        fs::write(&file, format!("{}\n/data\n123\n", std::process::id())).unwrap();
-        settle_old_postmaster(dir.path()).unwrap();
-        assert_eq!(
-            fs::read_to_string(&file).unwrap(),
-            "2147483647\n/data\n123\n"
-        );
-        // Done once: that pid is nobody's.
-        settle_old_postmaster(dir.path()).unwrap();
+        let own = std::process::id();
+        fs::write(
+            &file,
+            format!("{own}\n/data\n99\n5432\n/s\n\n 12 3\nready   \n"),
+        )
+        .unwrap();
+        let settled = "2147483647\n/data\n99\n5432\n/s\n\n 12 3\n";
+        for _ in 0..2 {
+            settle_old_postmaster(dir.path()).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), settled);
+        }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 

@@ -6,7 +6,7 @@
 //! (`ChangeToDataDir` at its start), and on Linux it is held by a pidfd.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -28,6 +28,7 @@ pub(super) fn recorded_pid(data_dir: &Path) -> Option<u32> {
 #[derive(Debug)]
 pub(super) struct Postmaster {
     pid: u32,
+    data_dir: PathBuf,
     #[cfg(target_os = "linux")]
     pidfd: Option<std::os::fd::OwnedFd>,
 }
@@ -38,6 +39,7 @@ impl Postmaster {
         // The pidfd comes first: what is checked afterwards is the process it pins.
         let found = Self {
             pid,
+            data_dir: data_dir.into(),
             #[cfg(target_os = "linux")]
             pidfd: pidfd_open(pid),
         };
@@ -87,7 +89,8 @@ impl Postmaster {
                 Err(e) => tracing::debug!("can't wait on the pidfd of {}: {e}", self.pid),
             }
         }
-        while exists(self.pid) {
+        // Not by its pid: that stays until its parent, which may never, asks for it.
+        while is_postmaster_of(self.pid, &self.data_dir) {
             tokio::time::sleep(POLL).await;
         }
     }
@@ -117,6 +120,7 @@ pub(super) fn send(pid: u32, signal: Signal) -> io::Result<()> {
 }
 
 /// Whether some process has that pid, a stranger's or a zombie included.
+#[cfg(test)]
 pub(super) fn exists(pid: u32) -> bool {
     as_pid(pid).is_some_and(|pid| !matches!(kill(pid, None), Err(nix::Error::ESRCH)))
 }
@@ -275,6 +279,7 @@ mod tests {
             .unwrap();
         let watched = Postmaster {
             pid: child.id(),
+            data_dir: "/".into(),
             #[cfg(target_os = "linux")]
             pidfd: pidfd_open(child.id()),
         };

@@ -1,10 +1,7 @@
-//! Containers: one for each instance, and short ones for initdb.
+//! The container of an instance.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use bollard::errors::Error as ApiError;
@@ -14,8 +11,8 @@ use bollard::models::{
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, InspectContainerOptions, KillContainerOptionsBuilder,
-    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
-    StartContainerOptions, WaitContainerOptions,
+    ListContainersOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
+    WaitContainerOptions,
 };
 use futures_util::StreamExt as _;
 use tokio::sync::watch;
@@ -24,8 +21,7 @@ use super::image::absent;
 use super::{Connect, Docker, RuntimeError, failed, said, status_of};
 use crate::runtime::prepare::{self, PORT};
 use crate::runtime::{
-    Exit, Handle, InitSpec, Instance, InstanceSpec, STOP_GRACE, Server, StopMode, blocking,
-    initdb_args, postgres_args,
+    Exit, Handle, Instance, InstanceSpec, STOP_GRACE, Server, StopMode, blocking, postgres_args,
 };
 use crate::types::{BackendAddress, Owner};
 
@@ -33,9 +29,6 @@ const PROJECT: &str = "dev.dbranch.project";
 const BRANCH: &str = "dev.dbranch.branch";
 /// The data directory on the host: a container is an instance's only if it serves that.
 const DATA: &str = "dev.dbranch.data";
-/// Marks short-lived containers.
-const ONCE: &str = "dev.dbranch.once";
-
 /// The socket's folder in the container is the image's default, so `docker exec
 /// ... psql` finds the server.
 const SOCKET_DIR: &str = "/var/run/postgresql";
@@ -48,62 +41,17 @@ const SHM_BYTES: i64 = 1 << 30;
 /// How long a killed or removed container may take to disappear.
 const KILL_GRACE: Duration = Duration::from_secs(20);
 
+/// How soon a signal is repeated.
+const SIGNAL_AGAIN: Duration = Duration::from_millis(500);
+
 /// How often a lost engine is asked again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// A leftover of [`Docker::run_once`] is nobody's after this time.
-const ONCE_SECONDS: i64 = 600;
-
-/// One program to be run to its end in a container.
-#[derive(Debug, Default)]
-pub(super) struct Once<'a> {
-    pub(super) image: &'a str,
-    /// For messages: "make the database cluster".
-    pub(super) action: String,
-    pub(super) entrypoint: Vec<String>,
-    pub(super) user: Option<String>,
-    pub(super) env: Vec<String>,
-    pub(super) binds: Vec<String>,
-    /// Declared volumes of the image to be hidden.
-    pub(super) to_cover: Vec<String>,
-}
+/// A container that was made and not started within this time, or a leftover of
+/// `run_once`, is nobody's.
+const ABANDONED_SECONDS: i64 = 600;
 
 impl Docker {
-    pub(in crate::runtime) async fn init_cluster(
-        &self,
-        spec: &InitSpec,
-    ) -> Result<(), RuntimeError> {
-        prepare::check_owner(spec.owner)?;
-        let image = image_of(&spec.server)?;
-        let major = self.major_of(image).await?;
-        let layout = self.layout_of(image).await?;
-        let passwd = PasswdFile::write(&spec.password_file, spec)?;
-        let mut entrypoint = vec!["initdb".to_owned()];
-        entrypoint.extend(initdb_args(spec, major, &layout.data_dir, "/run/pwfile"));
-        let (code, output) = self
-            .run_once(Once {
-                image,
-                action: "make the database cluster (initdb)".into(),
-                entrypoint,
-                user: Some(user(spec.owner)),
-                env: vec!["LC_ALL=C".into()],
-                binds: vec![
-                    bind(&spec.data_dir, &layout.data_dir, "")?,
-                    bind(&spec.password_file, "/run/pwfile", ":ro")?,
-                    bind(&passwd.0, "/etc/passwd", ":ro")?,
-                ],
-                to_cover: layout.to_cover,
-            })
-            .await?;
-        if code == 0 {
-            return Ok(());
-        }
-        Err(RuntimeError::failed(
-            "make the database cluster (initdb)",
-            output.trim(),
-        ))
-    }
-
     pub(in crate::runtime) async fn start(
         &self,
         spec: &InstanceSpec,
@@ -125,7 +73,7 @@ impl Docker {
             Ok(id) => id,
             Err(e) if status_of(&e) == Some(409) => {
                 // The name is taken: by our instance, or by what was left of one.
-                if let Some(instance) = self.find(spec).await? {
+                if let Some(instance) = self.look(spec, true).await? {
                     return Ok(instance);
                 }
                 self.create(&name, body)
@@ -149,6 +97,17 @@ impl Docker {
     pub(in crate::runtime) async fn find(
         &self,
         spec: &InstanceSpec,
+    ) -> Result<Option<Instance>, RuntimeError> {
+        self.look(spec, false).await
+    }
+
+    /// Finds the instance and removes what is left of earlier ones. A container
+    /// that was never started may be just about to be, by a start elsewhere: it
+    /// is removed when `starting` (then that start is ours) or when it is old.
+    async fn look(
+        &self,
+        spec: &InstanceSpec,
+        starting: bool,
     ) -> Result<Option<Instance>, RuntimeError> {
         let data_dir = path_text(&spec.data_dir)?;
         for found in self
@@ -177,6 +136,7 @@ impl Docker {
                         .map_err(|e| failed(format!("wake the container {id}"), &e))?;
                     return Ok(Some(self.instance(spec, id).await?));
                 }
+                Some(ContainerSummaryStateEnum::CREATED) if !starting && !is_abandoned(&found) => {}
                 Some(
                     ContainerSummaryStateEnum::CREATED
                     | ContainerSummaryStateEnum::EXITED
@@ -203,10 +163,36 @@ impl Docker {
             StopMode::Fast => "SIGINT",
             StopMode::Immediate => "SIGQUIT",
         };
-        let mut exit = exit.clone();
         for (signal, grace) in [(signal, STOP_GRACE), ("SIGKILL", KILL_GRACE)] {
-            if exit.borrow().is_some() {
-                break;
+            match self.signal_until_end(id, signal, grace, exit).await {
+                Ok(true) => break,
+                Ok(false) => tracing::warn!(
+                    "container {id} of `{}` did not end {grace:?} after {signal}",
+                    spec.branch_name
+                ),
+                Err(e) => return Err(failed(format!("stop `{}`", spec.branch_name), &e)),
+            }
+        }
+        self.remove(id).await
+    }
+
+    /// Sends `signal` and waits; says whether the container ended within `grace`.
+    ///
+    /// The signal is repeated, as the first process of a container gets none that
+    /// it has no handler for yet (`pid_namespaces(7)`): a stop soon after the start
+    /// would be lost. To postgres it means the same once or many times.
+    async fn signal_until_end(
+        &self,
+        id: &str,
+        signal: &str,
+        grace: Duration,
+        exit: &watch::Receiver<Option<Exit>>,
+    ) -> Result<bool, ApiError> {
+        let mut exit = exit.clone();
+        let limit = tokio::time::Instant::now() + grace;
+        while exit.borrow().is_none() {
+            if tokio::time::Instant::now() >= limit {
+                return Ok(false);
             }
             let options = KillContainerOptionsBuilder::default()
                 .signal(signal)
@@ -214,98 +200,16 @@ impl Docker {
             match self.api.kill_container(id, Some(options)).await {
                 Ok(()) => {}
                 // Not running, or gone.
-                Err(e) if matches!(status_of(&e), Some(404 | 409)) => break,
-                Err(e) => return Err(failed(format!("stop `{}`", spec.branch_name), &e)),
+                Err(e) if matches!(status_of(&e), Some(404 | 409)) => return Ok(true),
+                Err(e) => return Err(e),
             }
-            match tokio::time::timeout(grace, exit.wait_for(Option::is_some)).await {
-                Ok(Ok(_)) => break,
-                // Nobody watches any more; removing it ends it too.
-                Ok(Err(_)) => break,
-                Err(_) => tracing::warn!(
-                    "container {id} of `{}` did not end {grace:?} after {signal}",
-                    spec.branch_name
-                ),
+            let ended = tokio::time::timeout(SIGNAL_AGAIN, exit.wait_for(Option::is_some)).await;
+            // Done too when nobody watches any more: removing it ends it.
+            if ended.is_ok() {
+                return Ok(true);
             }
         }
-        self.remove(id).await
-    }
-
-    /// Runs a program to its end; returns its exit status and all its output.
-    pub(super) async fn run_once(&self, once: Once<'_>) -> Result<(i64, String), RuntimeError> {
-        self.sweep().await;
-        let action = once.action;
-        let body = ContainerCreateBody {
-            image: Some(once.image.to_owned()),
-            user: once.user,
-            env: Some(once.env),
-            entrypoint: Some(once.entrypoint),
-            cmd: Some(Vec::new()),
-            labels: Some(HashMap::from([(ONCE.to_owned(), "1".to_owned())])),
-            host_config: Some(HostConfig {
-                binds: Some(once.binds),
-                tmpfs: Some(covers(once.to_cover)),
-                network_mode: Some("none".into()),
-                ..self.host_config()
-            }),
-            ..ContainerCreateBody::default()
-        };
-        let created = self
-            .api
-            .create_container(
-                None::<bollard::query_parameters::CreateContainerOptions>,
-                body,
-            )
-            .await;
-        let id = match created {
-            Ok(created) => created.id,
-            Err(e) if status_of(&e) == Some(404) => return Err(absent(once.image)),
-            Err(e) => return Err(failed(action, &e)),
-        };
-        let outcome = async {
-            self.api
-                .start_container(&id, None::<StartContainerOptions>)
-                .await?;
-            let code = self.code_at_end(&id).await?;
-            let options = LogsOptionsBuilder::default()
-                .stdout(true)
-                .stderr(true)
-                .build();
-            let mut logs = std::pin::pin!(self.api.logs(&id, Some(options)));
-            let mut output = String::new();
-            while let Some(piece) = logs.next().await {
-                output.push_str(&piece?.to_string());
-            }
-            Ok::<_, ApiError>((code, output))
-        }
-        .await;
-        self.remove(&id).await?;
-        outcome.map_err(|e| failed(action, &e))
-    }
-
-    /// Removes ended containers that a killed daemon left behind.
-    async fn sweep(&self) {
-        let Ok(left) = self.list(&[format!("{ONCE}=1")]).await else {
-            return;
-        };
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
-        for one in left {
-            let ended = matches!(
-                one.state,
-                Some(
-                    ContainerSummaryStateEnum::CREATED
-                        | ContainerSummaryStateEnum::EXITED
-                        | ContainerSummaryStateEnum::DEAD
-                )
-            );
-            let old = one.created.is_some_and(|at| now - at > ONCE_SECONDS);
-            if let (Some(id), true, true) = (one.id, ended, old)
-                && let Err(e) = self.remove(&id).await
-            {
-                tracing::debug!("leftover container {id}: {e}");
-            }
-        }
+        Ok(true)
     }
 
     fn body(
@@ -374,7 +278,7 @@ impl Docker {
     }
 
     /// What all our containers have in common: no rights, no network, no restart.
-    fn host_config(&self) -> HostConfig {
+    pub(super) fn host_config(&self) -> HostConfig {
         HostConfig {
             userns_mode: self.maps_users.then(|| "host".into()),
             cap_drop: Some(vec!["ALL".into()]),
@@ -393,7 +297,10 @@ impl Docker {
         Ok(self.api.create_container(Some(options), body).await?.id)
     }
 
-    async fn list(&self, labels: &[String]) -> Result<Vec<ContainerSummary>, RuntimeError> {
+    pub(super) async fn list(
+        &self,
+        labels: &[String],
+    ) -> Result<Vec<ContainerSummary>, RuntimeError> {
         let filters = HashMap::from([("label".to_owned(), labels.to_vec())]);
         let options = ListContainersOptionsBuilder::default()
             .all(true)
@@ -413,7 +320,7 @@ impl Docker {
 
     /// Removes a container, running or not, with its anonymous volumes; returns
     /// when it is gone.
-    async fn remove(&self, id: &str) -> Result<(), RuntimeError> {
+    pub(super) async fn remove(&self, id: &str) -> Result<(), RuntimeError> {
         let limit = tokio::time::Instant::now() + KILL_GRACE;
         loop {
             let options = RemoveContainerOptionsBuilder::default()
@@ -486,7 +393,7 @@ impl Docker {
     }
 
     /// The exit status, once there is one.
-    async fn code_at_end(&self, id: &str) -> Result<i64, ApiError> {
+    pub(super) async fn code_at_end(&self, id: &str) -> Result<i64, ApiError> {
         let mut wait = std::pin::pin!(self.api.wait_container(id, None::<WaitContainerOptions>));
         match wait.next().await {
             Some(Ok(answer)) => Ok(answer.status_code),
@@ -519,6 +426,15 @@ impl Docker {
     }
 }
 
+pub(super) fn is_abandoned(container: &ContainerSummary) -> bool {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
+    container
+        .created
+        .is_some_and(|at| now - at > ABANDONED_SECONDS)
+}
+
 fn removed() -> Exit {
     Exit {
         clean: false,
@@ -526,7 +442,7 @@ fn removed() -> Exit {
     }
 }
 
-fn image_of(server: &Server) -> Result<&str, RuntimeError> {
+pub(super) fn image_of(server: &Server) -> Result<&str, RuntimeError> {
     match server {
         Server::Docker { image } => Ok(image),
         Server::Native { bin_dir } => Err(RuntimeError::failed(
@@ -536,7 +452,7 @@ fn image_of(server: &Server) -> Result<&str, RuntimeError> {
     }
 }
 
-fn user(owner: Owner) -> String {
+pub(super) fn user(owner: Owner) -> String {
     format!("{}:{}", owner.uid, owner.gid)
 }
 
@@ -550,7 +466,7 @@ fn nano_cpus(cpus: f64) -> i64 {
 
 /// Hides declared volumes, which would become anonymous ones, under empty
 /// memory file systems; mounts inside them stay visible.
-fn covers(volumes: Vec<String>) -> HashMap<String, String> {
+pub(super) fn covers(volumes: Vec<String>) -> HashMap<String, String> {
     volumes
         .into_iter()
         .map(|path| (path, "size=64k,mode=0755".to_owned()))
@@ -566,7 +482,7 @@ fn path_text(path: &Path) -> Result<&str, RuntimeError> {
     })
 }
 
-fn bind(from: &Path, to: &str, mode: &str) -> Result<String, RuntimeError> {
+pub(super) fn bind(from: &Path, to: &str, mode: &str) -> Result<String, RuntimeError> {
     let from = path_text(from)?;
     if from.contains(':') {
         // The engine splits there; it offers no way to write one.
@@ -594,36 +510,50 @@ fn container_name(spec: &InstanceSpec) -> String {
     format!("dbranch-{slug}-{}", spec.branch)
 }
 
-/// A passwd file with the owner in it: initdb asks who it is, and the image
-/// knows nothing of our user. Removed when dropped.
-#[derive(Debug)]
-struct PasswdFile(PathBuf);
+#[cfg(test)]
+mod tests {
+    use std::fs;
 
-impl PasswdFile {
-    fn write(beside: &Path, spec: &InitSpec) -> Result<Self, RuntimeError> {
-        let path = beside.with_extension("passwd");
-        let Owner { uid, gid } = spec.owner;
-        let text = format!(
-            "root:x:0:0:root:/root:/bin/sh\npostgres:x:{uid}:{gid}::/var/lib/postgresql:/bin/sh\n"
-        );
-        let write = || {
-            prepare::remove_if_there(&path)?;
-            fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o644)
-                .open(&path)?
-                .write_all(text.as_bytes())
-        };
-        write().map_err(|e| RuntimeError::failed(format!("write {}", path.display()), e))?;
-        Ok(Self(path))
-    }
-}
+    use super::*;
 
-impl Drop for PasswdFile {
-    fn drop(&mut self) {
-        if let Err(e) = prepare::remove_if_there(&self.0) {
-            tracing::debug!("{}: {e}", self.0.display());
+    /// What the contract's tests must see of a container.
+    impl Docker {
+        pub(in crate::runtime) async fn pid_of(&self, id: &str) -> u32 {
+            let state = self.inspect(id).await.unwrap().state.unwrap();
+            state.pid.unwrap().try_into().unwrap()
         }
+
+        pub(in crate::runtime) async fn assert_confined(&self, id: &str, memory: i64, cpus: i64) {
+            let inspected = self.inspect(id).await.unwrap();
+            let mounts = inspected.mounts.unwrap();
+            assert!(
+                mounts.iter().all(|mount| mount.name.is_none()),
+                "{mounts:?}"
+            );
+            let host = inspected.host_config.unwrap();
+            assert_eq!(host.network_mode.as_deref(), Some("none"));
+            assert_eq!(host.memory, Some(memory));
+            assert_eq!(host.nano_cpus, Some(cpus));
+            assert_eq!(host.cap_drop, Some(vec!["ALL".to_owned()]));
+            let restart = host.restart_policy.and_then(|policy| policy.name);
+            assert!(
+                restart.is_none_or(|name| ["", "no"].contains(&name.to_string().as_str())),
+                "no restart policy"
+            );
+            let status = fs::read_to_string(format!("/proc/{}/status", self.pid_of(id).await));
+            assert!(
+                status
+                    .unwrap()
+                    .lines()
+                    .any(|l| l.starts_with("CapEff:") && l.ends_with("0000000000000000"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_path_with_a_colon_is_refused() {
+        assert!(bind(Path::new("/a:b"), "/x", "").is_err());
+        assert!(bind(Path::new("a"), "/x", "").is_err());
+        assert_eq!(bind(Path::new("/a b"), "/x", ":ro").unwrap(), "/a b:/x:ro");
     }
 }

@@ -6,7 +6,7 @@ use bollard::models::CreateImageInfo;
 use bollard::query_parameters::CreateImageOptionsBuilder;
 use futures_util::StreamExt as _;
 
-use super::container::Once;
+use super::once::Once;
 use super::{Docker, RuntimeError, failed, said, status_of};
 use crate::runtime::discover;
 

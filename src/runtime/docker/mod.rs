@@ -7,6 +7,7 @@
 mod connect;
 mod container;
 mod image;
+mod once;
 
 use std::collections::HashMap;
 use std::fmt::Display;
