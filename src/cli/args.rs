@@ -81,6 +81,7 @@ pub(super) enum Command {
     Start(commands::start::Args),
     Shutdown(commands::shutdown::Args),
     Doctor(commands::doctor::Args),
+    Demo(commands::demo::Args),
     Completions(commands::completions::Args),
     #[command(hide = true)]
     Hook(commands::hook::Args),

@@ -60,6 +60,12 @@ fn run(cli: Cli) -> ExitStatus {
         };
     }
     log_warnings();
+    // Cleans up on Ctrl-C, so it must see it itself.
+    if let Command::Demo(args) = &cli.command {
+        let shown = Context::new(ui, cli.global.directory.clone())
+            .and_then(|cx| commands::demo::run(&cx, args));
+        return conclude(ui, shown);
+    }
     interruptible(ui, move || {
         conclude(
             ui,
@@ -152,6 +158,7 @@ fn dispatch(cx: &Context, cli: Cli) -> Result<ExitStatus, Report> {
         Command::Shutdown(args) => c::shutdown::run(cx, &args),
         Command::Doctor(args) => c::doctor::run(cx, &args),
         Command::Completions(args) => c::completions::run(cx, &args),
+        Command::Demo(args) => c::demo::run(cx, &args),
         Command::Hook(args) => Ok(c::hook::run(&args)),
     }
 }

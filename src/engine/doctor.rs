@@ -2,7 +2,7 @@
 
 use super::instances::InstanceState;
 use super::{Engine, Result, blocking};
-use crate::git::{self, Location};
+use crate::git::Location;
 use crate::registry::ProjectRecord;
 
 /// How good or bad.
@@ -86,7 +86,6 @@ impl Engine {
             "project",
             format!("`{}`, port {}", project.name, project.proxy_port),
         ));
-        checks.push(check_hooks(location));
         checks.extend(self.check_branches(&project).await?);
         if !self.are_allowed(&project) {
             checks.push(Check::warning(
@@ -201,17 +200,5 @@ impl Engine {
             ));
         }
         Ok(checks)
-    }
-}
-
-fn check_hooks(location: &Location) -> Check {
-    match git::status(location) {
-        Ok(status) if status.state == git::HookState::Active => Check::ok("git hooks", "installed"),
-        Ok(_) => Check::warning(
-            "git hooks",
-            "not installed: only the watcher follows HEAD",
-            "dbranch install-hooks",
-        ),
-        Err(e) => Check::warning("git hooks", e.to_string(), "dbranch install-hooks"),
     }
 }

@@ -22,6 +22,7 @@ mod cluster;
 mod conf;
 mod pid_file;
 mod probe;
+mod query;
 
 #[cfg(test)]
 mod live_tests;
@@ -36,3 +37,4 @@ pub use cluster::{
 pub use conf::{BadSetting, Conf, Listen, check_setting, check_settings};
 pub use pid_file::{PidFile, Status};
 pub use probe::wait_ready;
+pub use query::query;

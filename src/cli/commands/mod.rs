@@ -5,6 +5,7 @@ pub(super) mod completions;
 pub(super) mod create;
 pub(super) mod delete;
 pub(super) mod delete_project;
+pub(super) mod demo;
 pub(super) mod doctor;
 pub(super) mod env;
 pub(super) mod hook;
