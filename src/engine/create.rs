@@ -401,12 +401,13 @@ impl Engine {
                 self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()])
                     .await?;
                 let label = backup.stop().await?;
-                self.catch_up(&driver, &parent, child, label.wal_files().collect())
-                    .await?;
+                let wal = label.wal_files().collect();
                 let (data_dir, owner) =
                     (data_dir(&driver.volume_path(&child.volume)), self.give_to());
+                // The label first: with it, a server refuses a copy that lacks the log.
                 blocking(move || Ok(postgres::write_backup_label(&data_dir, &label, owner)?))
                     .await?;
+                self.catch_up(&driver, &parent, child, wal).await?;
                 live.give_admin(backup.end().await?);
                 method
             }

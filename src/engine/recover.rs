@@ -24,6 +24,7 @@ pub struct Reconciled {
 impl Engine {
     /// Takes up where an earlier daemon left off. Trouble with one branch or project stops no other.
     pub async fn recover(&self) -> Result<()> {
+        self.sweep_pools().await?;
         for project in self.0.registry.projects()? {
             for action in self.finish_what_was_begun(&project, false).await? {
                 info!("{action}");
@@ -40,6 +41,28 @@ impl Engine {
             }
             for branch in self.0.registry.branches(&project.id)? {
                 self.take_up(&branch).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what interrupted calls of the drivers left half made or half destroyed.
+    async fn sweep_pools(&self) -> Result<()> {
+        let mut pools = HashSet::new();
+        for project in self.0.registry.projects()? {
+            for branch in self.0.registry.branches(&project.id)? {
+                if !pools.insert((branch.driver.clone(), branch.pool.clone())) {
+                    continue;
+                }
+                let swept = match self.driver(&branch).await {
+                    Ok(driver) => blocking(move || Ok(driver.sweep()?)).await,
+                    Err(e) => Err(e),
+                };
+                match swept {
+                    Ok(0) => {}
+                    Ok(n) => info!(pool = %branch.pool.display(), n, "removed half-made volumes"),
+                    Err(e) => warn!(pool = %branch.pool.display(), "sweep: {e}"),
+                }
             }
         }
         Ok(())

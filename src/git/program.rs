@@ -12,11 +12,16 @@ use super::GitError;
 /// choice: git itself refuses other people's repositories for fear of that.
 fn command() -> Command {
     let mut command = Command::new("git");
+    let kept = [
+        "GIT_CONFIG_GLOBAL",
+        "GIT_CONFIG_SYSTEM",
+        "GIT_CONFIG_NOSYSTEM",
+    ];
     for (name, _) in std::env::vars_os() {
-        let inherited = name
-            .to_str()
-            .is_some_and(|n| n.starts_with("GIT_") && !n.starts_with("GIT_CONFIG"));
-        if inherited || name == "GIT_CONFIG_COUNT" || name == "GIT_CONFIG_PARAMETERS" {
+        if let Some(name) = name.to_str()
+            && name.starts_with("GIT_")
+            && !kept.contains(&name)
+        {
             command.env_remove(name);
         }
     }
@@ -37,19 +42,6 @@ fn command() -> Command {
 /// A git directory named outright is exempt from git's ownership check
 /// (git-config(1), `safe.directory`); the caller found it by its own means.
 pub(super) fn plumbing(git_dir: &Path, arguments: &[&str]) -> Result<Option<Vec<u8>>, GitError> {
-    let mut command = command();
-    command.arg("--git-dir").arg(git_dir).args(arguments);
-    run(command, arguments)
-}
-
-/// Runs `git config` as a user standing in `dir` would, ownership check included.
-pub(super) fn config(dir: &Path, arguments: &[&str]) -> Result<Option<Vec<u8>>, GitError> {
-    let mut command = command();
-    command.arg("-C").arg(dir).arg("config").args(arguments);
-    run(command, arguments)
-}
-
-fn run(mut command: Command, arguments: &[&str]) -> Result<Option<Vec<u8>>, GitError> {
     let failed = |reason: String| GitError::Failed {
         action: format!("git {}", arguments.join(" ")),
         reason,
@@ -58,7 +50,10 @@ fn run(mut command: Command, arguments: &[&str]) -> Result<Option<Vec<u8>>, GitE
         status,
         stdout,
         stderr,
-    } = command
+    } = command()
+        .arg("--git-dir")
+        .arg(git_dir)
+        .args(arguments)
         .output()
         .map_err(|e| failed(format!("the git program does not run: {e}")))?;
     match status.code() {

@@ -4,6 +4,7 @@
 //! needs, and fails on formats the library does not know. Reftables alone are
 //! left to the git program.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -116,6 +117,41 @@ pub(super) fn resolve(common_dir: &Path, full_name: &str) -> Result<Option<Strin
         }
     }
     Ok(None)
+}
+
+/// The commits that branches are at, none for those that don't exist.
+///
+/// `packed-refs` is read once for all of them; with reftables the program runs once.
+pub(super) fn tips(
+    common_dir: &Path,
+    branches: &[&BranchName],
+) -> Result<Vec<Option<String>>, GitError> {
+    if is_reftable(common_dir) {
+        let arguments = ["for-each-ref", "--format=%(objectname) %(refname)", HEADS];
+        let all = program::plumbing(common_dir, &arguments)?.unwrap_or_default();
+        let all: HashMap<_, _> = packed_records(&all).collect();
+        let tip = |branch: &&BranchName| {
+            let id = all.get(full_name(branch).as_bytes())?;
+            String::from_utf8(id.to_vec()).ok()
+        };
+        return Ok(branches.iter().map(tip).collect());
+    }
+    let mut packed_refs = None;
+    let mut tips = Vec::with_capacity(branches.len());
+    for branch in branches {
+        let name = full_name(branch);
+        tips.push(match read_loose(&common_dir.join(&name))? {
+            Some(Value::Id(id)) => Some(id),
+            Some(Value::Symbolic(target)) => resolve(common_dir, &target)?,
+            None => {
+                if packed_refs.is_none() {
+                    packed_refs = Some(packed(common_dir)?);
+                }
+                find_packed(packed_refs.as_deref().unwrap_or_default(), &name)
+            }
+        });
+    }
+    Ok(tips)
 }
 
 pub(super) fn exists(common_dir: &Path, full_name: &str) -> Result<bool, GitError> {

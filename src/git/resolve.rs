@@ -11,7 +11,7 @@ use crate::types::BranchName;
 
 /// Commits looked at before the best found so far must do. Without it a branch
 /// made from a very old commit would hold up a checkout for seconds.
-const WALK_LIMIT: usize = 50_000;
+const WALK_LIMIT: usize = 30_000;
 
 /// Commits between two looks at whether more walking can change the answer.
 const CHECK_EVERY: usize = 64;
@@ -38,10 +38,9 @@ pub fn nearest(
     let mut tips: Vec<(String, Vec<&BranchName>)> = Vec::new();
     let mut indices = HashMap::new();
     let unique: HashSet<_> = candidates.iter().filter(|c| *c != branch).collect();
-    for candidate in unique {
-        let Some(id) = refs::resolve(common_dir, &refs::full_name(candidate))? else {
-            continue;
-        };
+    let unique: Vec<_> = unique.into_iter().collect();
+    for (candidate, id) in unique.iter().zip(refs::tips(common_dir, &unique)?) {
+        let Some(id) = id else { continue };
         let index = *indices.entry(id.clone()).or_insert_with(|| {
             tips.push((id, Vec::new()));
             tips.len() - 1
@@ -266,7 +265,9 @@ where
                 tracing::debug!(limit, "history walked to the limit");
                 break;
             }
-            if walked % CHECK_EVERY == 1 && self.is_settled() {
+            // Most answers are found in the first few.
+            let is_time = walked.is_power_of_two() || walked % CHECK_EVERY == 0;
+            if is_time && self.is_settled() {
                 break;
             }
         }

@@ -115,6 +115,8 @@ impl Watch {
 
     /// Watches a worktree's git directory; with the common one, its branches and
     /// linked worktrees too. Adding one again changes nothing.
+    ///
+    /// Read HEAD after this and not before, so that no change falls between.
     pub fn add(&self, git_dir: &Path) -> Result<Method, GitError> {
         let identity =
             identity(git_dir).ok_or_else(|| GitError::NotARepository(git_dir.to_owned()))?;

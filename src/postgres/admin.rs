@@ -406,7 +406,7 @@ fn wal_files(label: &str, stop: &str, segment_bytes: u64) -> Option<Vec<String>>
     (names.first()? == rest.get(..24)?).then_some(names)
 }
 
-/// `16/B374D848`, a position in the WAL (manual, "pg_lsn Type").
+/// `16/B374D848`, a position in the WAL (manual, "`pg_lsn` Type").
 fn lsn(text: &str) -> Option<u64> {
     let (high, low) = text.split_once('/')?;
     let half = |text| u32::from_str_radix(text, 16).ok().map(u64::from);

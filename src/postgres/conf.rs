@@ -11,7 +11,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::ClusterError;
+use super::{ClusterError, major};
 use crate::fsx;
 use crate::types::Owner;
 
@@ -73,14 +73,15 @@ impl Conf {
     /// first. Says whether anything changed. A running server must be told to reload.
     pub fn write(&self, data_dir: &Path, owner: Option<Owner>) -> Result<bool, ClusterError> {
         // The included file first: no server may see the line without it.
-        let mut changed = put(&data_dir.join(FILE), &self.render(), owner)?;
+        let text = self.render(major(data_dir)?);
+        let mut changed = put(&data_dir.join(FILE), &text, owner)?;
         changed |= put(&data_dir.join("pg_hba.conf"), &self.render_hba(), owner)?;
         changed |= include(&data_dir.join("postgresql.conf"), owner)?;
         Ok(changed)
     }
 
-    /// The text of `dbranch.conf`.
-    pub fn render(&self) -> String {
+    /// The text of `dbranch.conf` for a server of this major version.
+    pub fn render(&self, major: u32) -> String {
         let mut text = String::from(
             "# Written by dbranch whenever the branch starts: changes made here don't last.\n\
              # Settings of your own belong under postgres.settings in .dbranch.config.json.\n\n",
@@ -91,7 +92,7 @@ impl Conf {
         for (name, value) in self.managed() {
             line(name, value);
         }
-        for (name, value) in self.defaults() {
+        for (name, value) in self.defaults(major) {
             if !self
                 .settings
                 .keys()
@@ -120,7 +121,7 @@ impl Conf {
     }
 
     /// What holds unless the user says otherwise.
-    fn defaults(&self) -> Vec<(&'static str, String)> {
+    fn defaults(&self, major: u32) -> Vec<(&'static str, String)> {
         let mut all = vec![
             ("max_connections", self.max_connections.to_string()),
             ("shared_buffers", format!("{}MB", self.shared_buffers_mib)),
@@ -128,6 +129,12 @@ impl Conf {
             // A clone has its parent's subscriptions, and would take its changes away.
             ("max_logical_replication_workers", "0".into()),
         ];
+        // A clone of a running parent recovers, and before that the server syncs every file it has:
+        // one by one that takes 160 ms on btrfs, 0.7 s on ext4 and 2.7 s on XFS (1,300 files, the disk
+        // busy), with one syncfs(2) 80 to 130 ms. Known since version 14, on Linux only.
+        if major >= 14 && cfg!(target_os = "linux") {
+            all.push(("recovery_init_sync_method", "syncfs".into()));
+        }
         if self.copy_on_write {
             all.push(("wal_recycle", "off".into()));
             all.push(("wal_init_zero", "off".into()));
@@ -323,12 +330,13 @@ mod tests {
             settings: settings(&[("Shared_Buffers", "1GB"), ("work_mem", "64MB")]),
             ..Conf::default()
         };
-        let text = conf.render();
+        let text = conf.render(15);
         assert!(text.contains("\nShared_Buffers = '1GB'\n"), "{text}");
         assert!(text.contains("\nwork_mem = '64MB'\n"), "{text}");
         assert!(text.contains("\nlisten_addresses = ''\n"), "{text}");
         assert_eq!(text.to_lowercase().matches("shared_buffers").count(), 1);
         assert!(!text.contains("wal_recycle"));
+        assert!(!conf.render(13).contains("recovery_init_sync_method"));
     }
 
     #[test]
@@ -358,6 +366,7 @@ mod tests {
     fn writing_the_same_again_touches_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let main = dir.path().join("postgresql.conf");
+        fs::write(dir.path().join("PG_VERSION"), "15\n").unwrap();
         // An editor's last line without an end, and bytes that are no UTF-8.
         fs::write(&main, b"# \xfcber\nport = 5433").unwrap();
         let conf = Conf::default();

@@ -294,10 +294,10 @@ async fn clone_running(
             };
             tokio::task::spawn_blocking(clone).await.unwrap().unwrap();
             let label = backup.stop().await.unwrap();
+            write_backup_label(&data, &label, Some(programs.owner)).unwrap();
             for file in label.wal_files() {
                 driver.catch_up(from, &to, &file).unwrap();
             }
-            write_backup_label(&data, &label, Some(programs.owner)).unwrap();
             drop(backup.end().await.unwrap());
         }
     }
@@ -368,8 +368,8 @@ async fn clones_of_a_busy_parent_are_sound(
     let server = programs.start(&volume.join(DATA_FOLDER)).await;
     let load = Load::start(&server, &password).await;
     let mut clones = Vec::new();
-    for _ in 0..3 {
-        load.wait_for(200).await;
+    for _ in 0..2 {
+        load.wait_for(100).await;
         let before = load.done.load(Ordering::Relaxed);
         clones.push((
             clone_running(&driver, programs, &server, &password, &from).await,
@@ -377,6 +377,7 @@ async fn clones_of_a_busy_parent_are_sound(
         ));
     }
     load.wait_for(50).await;
+    load.end().await;
     for (id, at_least) in &clones {
         let clone = programs
             .start(&driver.volume_path(id).join(DATA_FOLDER))
@@ -384,7 +385,6 @@ async fn clones_of_a_busy_parent_are_sound(
         assert_sound(&connect(&clone, &password).await, *at_least).await;
         clone.stop(Signal::SIGINT);
     }
-    load.end().await;
     assert_sound(&connect(&server, &password).await, 0).await;
     server.stop(Signal::SIGINT);
     for id in driver.list().unwrap() {

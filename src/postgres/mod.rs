@@ -10,12 +10,13 @@
 //!   clone all but cluster::omit
 //!   catch up cluster::CONTROL_FILE
 //!   backup.stop                 gives the label
-//!   catch up label.wal_files()
 //!   cluster::write_backup_label
+//!   catch up label.wal_files()
 //!   backup.end                  WAL may be recycled again
 //! ```
 //!
-//! An atomic clone needs nothing of this, only `cluster::shed`.
+//! In this order nothing that breaks off half-way can be started: without control
+//! file, label and WAL together a server refuses. An atomic clone needs nothing of this, only `cluster::shed`.
 
 mod admin;
 mod cluster;

@@ -362,3 +362,42 @@ fn as_root_volumes_belong_to_the_owner_and_a_closed_path_is_refused() {
         assert_eq!((meta.uid(), meta.gid()), (4321, 4322));
     }
 }
+
+/// Runs this very suite again as the user nobody, in a folder of its own.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_user_without_privileges_can_do_all_of_it() {
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65534;
+    let test = "a_user_without_privileges_can_do_all_of_it";
+    if !Uid::effective().is_root() {
+        return capability_missing(test, "root", "the user is not root");
+    }
+    let Some(parent) = btrfs_folder() else {
+        return capability_missing(test, "btrfs", "DBRANCH_TEST_BTRFS names no folder");
+    };
+    let folder = tempfile::tempdir_in(parent).unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let run = std::process::Command::new("/proc/self/exe")
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .current_dir("/")
+        .env_remove("DBRANCH_TEST_REQUIRE")
+        .env("DBRANCH_TEST_BTRFS", folder.path())
+        // The one of root may be closed to others.
+        .env("TMPDIR", folder.path())
+        .arg("storage::contract::")
+        .output()
+        .unwrap();
+    let (out, errors) = (
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr),
+    );
+    assert!(run.status.success(), "{out}{errors}");
+    assert!(
+        out.contains("destroying_removes_all_and_may_be_repeated ... ok"),
+        "{out}"
+    );
+    assert!(!errors.contains("names no folder"), "{errors}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}

@@ -198,7 +198,8 @@ impl StorageError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Unsupported { .. } => Some(
-                "set the storage driver to `auto`, or move the pool to a btrfs file system".into(),
+                "choose the storage driver `auto` or `copy`, or a pool on a btrfs file system"
+                    .into(),
             ),
             Self::NoRoom { path, .. } => Some(format!(
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
@@ -224,8 +225,7 @@ impl StorageError {
 /// fails leaves nothing half made; what a killed process left half made never
 /// bears a volume's name and goes with the next `sweep`. `destroy` of a volume
 /// that is gone succeeds. A volume and all in it belong to the pool's owner (see
-/// [`open`]). What a call has reported done survives a power loss, except that an
-/// atomic clone's files are as durable as its source's were.
+/// [`open`]). What a call has reported done survives a power loss.
 pub trait StorageDriver: fmt::Debug + Send + Sync {
     fn kind(&self) -> DriverKind;
     fn pool(&self) -> &Path;

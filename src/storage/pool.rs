@@ -12,6 +12,11 @@ use nix::unistd::Uid;
 use super::{Space, StorageError};
 use crate::types::{Owner, VolumeId};
 
+/// Ending of a clone that is being made, and of a volume that is being destroyed.
+/// No id has a dot, so neither is taken for a volume.
+pub(super) const PARTIAL: &str = ".partial";
+pub(super) const DOOMED: &str = ".doomed";
+
 /// An existing pool folder, by its canonical path.
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
@@ -141,6 +146,17 @@ impl Pool {
             }
         }
         Ok(names)
+    }
+
+    /// Names of what interrupted calls left of volumes.
+    pub(super) fn remains(&self) -> Result<Vec<OsString>, StorageError> {
+        self.names(|name| {
+            let name = name.to_str().unwrap_or_default();
+            [PARTIAL, DOOMED]
+                .iter()
+                .filter_map(|ending| name.strip_suffix(ending))
+                .any(|id| VolumeId::new(id).is_ok())
+        })
     }
 
     pub(super) fn volumes(&self) -> Result<Vec<VolumeId>, StorageError> {

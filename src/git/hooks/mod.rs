@@ -200,8 +200,8 @@ pub fn status(location: &Location) -> Result<HookStatus, GitError> {
 /// directory, whatever scope the setting has.
 fn hooks_folder(location: &Location) -> Result<PathBuf, GitError> {
     let standing = location.worktree.as_ref().unwrap_or(&location.git_dir);
-    let arguments = ["--show-scope", "--type=path", "--get", "core.hooksPath"];
-    let answer = program::config(standing, &arguments)?;
+    let arguments = ["config", "--show-scope", "--type=path", "core.hooksPath"];
+    let answer = program::plumbing(&location.git_dir, &arguments)?;
     let Some(line) = answer.as_deref().and_then(program::first_line) else {
         return Ok(location.common_dir.join("hooks"));
     };
@@ -313,15 +313,20 @@ fn chain(folder: &Path, path: &Path, found: &Found, block: &[u8]) -> Result<(), 
         return Err(damaged(path, reason));
     }
     create_folder(&chain_folder)?;
-    // The old hook is never missing: first a second name for it, then our file
-    // takes its place by rename.
-    match found {
-        Found::Link { target } => link(&inner_target(target), &chained)?,
-        _ => fs::hard_link(path, &chained).map_err(|e| GitError::io("link", &chained, e))?,
-    }
-    let written = write(path, &script::chaining_file(block), None);
+    // The old hook is never missing: first a second name for it, then our file takes
+    // its place by rename. Where it can have no second name it is moved.
+    let moved = match found {
+        Found::Link { target } => link(&inner_target(target), &chained),
+        _ if fs::hard_link(path, &chained).is_ok() => Ok(()),
+        _ => fs::rename(path, &chained).map_err(|e| GitError::io("move", path, e)),
+    };
+    let written = moved.and_then(|()| write(path, &script::chaining_file(block), None));
     if written.is_err() {
-        let _ = fs::remove_file(&chained);
+        if fs::symlink_metadata(path).is_ok() {
+            let _ = fs::remove_file(&chained);
+        } else {
+            let _ = fs::rename(&chained, path);
+        }
         let _ = fs::remove_dir(&chain_folder);
     }
     written
@@ -410,7 +415,9 @@ fn write(path: &Path, bytes: &[u8], keep: Option<&Permissions>) -> Result<(), Gi
     let temporary = path.with_file_name(format!(".{HOOK}.dbranch-{}", std::process::id()));
     let failed = |e| GitError::io("write", path, e);
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
+    // Never through a link that someone put there.
+    let _ = fs::remove_file(&temporary);
+    options.write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o777);
     let written = (|| {
@@ -443,4 +450,5 @@ fn keep_owner(path: &Path, file: &fs::File) {
 fn keep_owner(_: &Path, _: &fs::File) {}
 
 #[cfg(test)]
+#[cfg(unix)]
 mod tests;

@@ -338,3 +338,14 @@ fn a_hooks_folder_that_can_not_be_written_is_named() {
     let failure = install(&repo.location(), None).unwrap_err();
     assert!(failure.to_string().contains("/hooks"), "{failure}");
 }
+
+#[test]
+fn the_hooks_path_of_a_repository_of_another_user_is_found_by_root() {
+    let repo = TestRepo::new();
+    repo.git(&["config", "core.hooksPath", ".githooks"]);
+    // Without effect but for root, and then as if the repository were someone's.
+    let _ = std::os::unix::fs::chown(repo.top(), Some(65534), Some(65534));
+    let _ = std::os::unix::fs::chown(repo.git_dir(), Some(65534), Some(65534));
+    let path = status(&repo.location()).unwrap().path;
+    assert_eq!(path, repo.top().join(".githooks/post-checkout"));
+}

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, statfs};
 
-use super::pool::{self, Pool};
+use super::pool::{self, DOOMED, Pool};
 use super::{
     CloneMethod, Consistency, DriverKind, Omit, Progress, Space, StorageDriver, StorageError,
     Usage, usage,
@@ -24,6 +24,9 @@ pub(super) mod ioctl;
 
 /// Prefix of the volumes that probing makes; no id begins like it.
 const PROBE: &str = ".probe-";
+
+/// What btrfs wants free before it makes a subvolume, roughly: it says only that it hasn't got it.
+const METADATA_BYTES: u64 = 16 << 20;
 
 #[derive(Debug)]
 pub(super) struct Btrfs {
@@ -105,6 +108,8 @@ impl Btrfs {
                 tracing::debug!(volume = %path.display(), error = %e, "emptying the volume by hand");
             }
         }
+        // Out of the volumes first: what is interrupted now must not look whole.
+        let path = self.doom(name, path)?;
         fs::remove_dir_all(&path).map_err(|source| match source.kind() {
             std::io::ErrorKind::PermissionDenied => StorageError::Denied {
                 action: "destroy",
@@ -117,6 +122,18 @@ impl Btrfs {
             },
             _ => StorageError::io("destroy", &path)(source),
         })
+    }
+
+    /// Renames a volume to what a sweep removes; other folders keep their names.
+    fn doom(&self, name: &OsStr, path: PathBuf) -> Result<PathBuf, StorageError> {
+        let Some(id) = name.to_str().filter(|n| VolumeId::new(*n).is_ok()) else {
+            return Ok(path);
+        };
+        let doomed = OsString::from(format!("{id}{DOOMED}"));
+        self.remove(&doomed)?;
+        let to = self.pool.path().join(doomed);
+        fs::rename(&path, &to).map_err(StorageError::io("destroy", &path))?;
+        Ok(to)
     }
 
     /// What a failed ioctl means.
@@ -134,7 +151,7 @@ impl Btrfs {
             Errno::EROFS => denied("the file system is mounted read-only"),
             Errno::ENOSPC | Errno::EDQUOT => StorageError::NoRoom {
                 path: self.pool.path().to_owned(),
-                needed_bytes: 0,
+                needed_bytes: METADATA_BYTES,
                 free_bytes: self.pool.space().map_or(0, |s| s.free_bytes),
             },
             _ => StorageError::io(action, path)(errno.into()),
@@ -180,7 +197,7 @@ impl StorageDriver for Btrfs {
             return Err(StorageError::Unsupported {
                 driver: DriverKind::Btrfs,
                 path: source,
-                reason: "it is a plain folder, made by another driver".into(),
+                reason: "this volume is a plain folder, made by the driver `copy`".into(),
             });
         }
         self.snapshot(OsStr::new(from.as_str()), OsStr::new(to.as_str()))?;
@@ -192,7 +209,8 @@ impl StorageDriver for Btrfs {
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
-        self.remove(OsStr::new(id.as_str()))
+        self.remove(OsStr::new(id.as_str()))?;
+        self.remove(OsStr::new(&format!("{id}{DOOMED}")))
     }
 
     fn list(&self) -> Result<Vec<VolumeId>, StorageError> {
@@ -200,9 +218,11 @@ impl StorageDriver for Btrfs {
     }
 
     fn sweep(&self) -> Result<usize, StorageError> {
-        let left = self
-            .pool
-            .names(|name| name.as_bytes().starts_with(PROBE.as_bytes()))?;
+        let mut left = self.pool.remains()?;
+        left.extend(
+            self.pool
+                .names(|name| name.as_bytes().starts_with(PROBE.as_bytes()))?,
+        );
         left.iter().try_for_each(|name| self.remove(name))?;
         Ok(left.len())
     }

@@ -18,7 +18,7 @@ use nix::unistd::Uid;
 
 use self::file::{Copied, Pair};
 use self::tree::Tree;
-use super::pool::{self, Pool};
+use super::pool::{self, DOOMED, PARTIAL, Pool};
 use super::{
     CloneMethod, Consistency, DriverKind, Omit, Progress, Space, StorageDriver, StorageError,
     Usage, usage,
@@ -29,9 +29,6 @@ use crate::types::VolumeId;
 mod file;
 mod tree;
 
-/// Ending of a clone that is being made, and of a volume that is being destroyed.
-const PARTIAL: &str = ".partial";
-const DOOMED: &str = ".doomed";
 /// The files that probing makes end so.
 const PROBE: &str = ".probe";
 
@@ -351,13 +348,7 @@ impl StorageDriver for Copy {
     }
 
     fn sweep(&self) -> Result<usize, StorageError> {
-        let left = self.pool.names(|name| {
-            let name = name.to_str().unwrap_or_default();
-            [PARTIAL, DOOMED]
-                .iter()
-                .filter_map(|ending| name.strip_suffix(ending))
-                .any(|id| VolumeId::new(id).is_ok())
-        })?;
+        let left = self.pool.remains()?;
         left.iter().try_for_each(|name| self.remove(name))?;
         Ok(left.len())
     }
