@@ -228,7 +228,7 @@ pub(super) fn major_in(version: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::PermissionsExt;
 
     fn fake(root: &Path, name: &str, version: &str, programs: &[&str]) -> PathBuf {
         let dir = root.join(name);
