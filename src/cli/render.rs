@@ -47,19 +47,25 @@ fn relative(time: &str, now: SystemTime) -> Option<String> {
     })
 }
 
+/// To the nearest unit: what lasts 7 days has 7 days to go a moment later.
 fn span(span: Duration) -> String {
-    let minutes = span.as_secs() / 60;
-    let (n, unit) = match minutes {
-        0 => (span.as_secs(), "second"),
-        1..60 => (minutes, "minute"),
-        60..1440 => (minutes / 60, "hour"),
-        _ => (minutes / 1440, "day"),
+    let seconds = span.as_secs();
+    let minutes = (seconds + 30) / 60;
+    let hours = (minutes + 30) / 60;
+    let (n, unit) = match seconds {
+        0..60 => (seconds, "second"),
+        60..3570 => (minutes, "minute"),
+        3570..84_600 => (hours, "hour"),
+        _ => ((hours + 12) / 24, "day"),
     };
-    format!("{n} {unit}{}", if n == 1 { "" } else { "s" })
+    count(
+        usize::try_from(n).unwrap_or(usize::MAX),
+        unit,
+        &format!("{unit}s"),
+    )
 }
 
-/// Columns under their heads, each as wide as it must be, two spaces between. The first
-/// column has no head of its own width: pass a space for a marker.
+/// Columns under their heads, each as wide as it must be, two spaces between.
 pub(super) fn table(heads: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     let width = |s: &str| s.chars().count();
     let widths: Vec<usize> = heads
@@ -127,6 +133,9 @@ mod tests {
         assert_eq!(at("2026-01-01T23:58:59Z"), "1 minute ago");
         assert_eq!(at("2025-12-30T00:00:00Z"), "3 days ago");
         assert_eq!(at("2026-01-09T00:00:00.5Z"), "in 7 days");
+        assert_eq!(at("2026-01-08T23:59:58Z"), "in 7 days");
+        assert_eq!(at("2025-12-31T23:59:58Z"), "1 day ago");
+        assert_eq!(at("2026-01-01T22:40:00Z"), "1 hour ago");
         assert_eq!(relative("soon", now), None);
     }
 

@@ -82,7 +82,7 @@ fn completions_are_scripts_the_shells_accept() {
     let env = TestEnv::bare();
     for shell in ["bash", "zsh", "fish"] {
         let script = env.dbranch(&["completions", shell]).text();
-        assert!(script.contains("init-postgres"), "{shell}: {script}");
+        assert!(script.contains("dbranch"), "{shell}: {script}");
         let file = env.path("elsewhere").join(shell);
         std::fs::write(&file, script).expect("ours");
         if shell == "bash" {

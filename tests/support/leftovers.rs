@@ -17,6 +17,8 @@ pub(crate) struct Process {
 /// The processes that work for the environment in `dir`: servers, whose working folder is
 /// their data directory, and daemons, by their `DBRANCH_HOME`. Nothing where there is no /proc.
 pub(crate) fn processes_in(dir: &Path) -> Vec<Process> {
+    // Without a slash at its end, which `path("")` has.
+    let dir = dir.components().as_path();
     let home = [b"DBRANCH_HOME=", dir.as_os_str().as_encoded_bytes(), b"/"].concat();
     let works_here = |proc: &Path| {
         fs::read_link(proc.join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir))

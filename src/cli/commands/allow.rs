@@ -12,6 +12,7 @@ Examples:
 
 /// Let the commands of the config file run
 ///
+/// Shows them and, on a terminal, asks.
 /// They come with the repository, so they run only once you have seen them; a change to them
 /// asks again.
 #[derive(Debug, clap::Args)]
@@ -46,8 +47,11 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
             cx.ui.err(format_args!("{when}: {}", visible(command)));
         }
     }
-    cx.ui
-        .confirm("these commands will run with your rights", args.yes)?;
+    // Nothing is lost by it, so without a terminal the command itself is the word.
+    if cx.ui.can_ask() {
+        cx.ui
+            .confirm("these commands will run with your rights", args.yes)?;
+    }
     let value = cx.call(&Request::Allow { at })?;
     let allowed: Allowed = crate::api::client::decode(value.clone())?;
     if (&allowed.after_create, &allowed.after_switch)

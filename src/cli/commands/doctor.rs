@@ -24,12 +24,7 @@ pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
     let mut findings = local(cx);
     match remote(cx) {
         Ok(more) => findings.extend(more),
-        Err(report) => {
-            findings.push(finding_of("daemon", report));
-            // Which the daemon looks at otherwise.
-            let location = Location::discover(&cx.dir).ok();
-            findings.extend(location.as_ref().map(super::install_hooks::finding));
-        }
+        Err(report) => findings.push(finding_of("daemon", report)),
     }
     if cx.ui.json {
         cx.ui.answer_json(&findings)?;
@@ -133,6 +128,7 @@ fn local(cx: &Context) -> Vec<Finding> {
             fix: Some("make it one with `dbranch init`".into()),
         }),
     }
+    findings.push(super::install_hooks::finding(&location));
     findings
 }
 

@@ -183,13 +183,13 @@ mod tests {
         BranchName::new(name).unwrap()
     }
 
-    fn switched(changed: bool) -> Option<Switched> {
-        Some(Switched {
+    fn switched(changed: bool) -> Switched {
+        Switched {
             branch: name("main"),
             previous: Some(name("feature/login")),
             changed,
             duration_ms: 3.1,
-        })
+        }
     }
 
     #[test]
@@ -215,7 +215,7 @@ mod tests {
         };
         let mut outcome = HookOutcome {
             created: Some(created),
-            switched: switched(true),
+            switched: Some(switched(true)),
             notes: vec![],
         };
         let says = |outcome: &HookOutcome| line(outcome).unwrap_or_default();
@@ -225,7 +225,7 @@ mod tests {
         );
         outcome.created = None;
         assert_eq!(says(&outcome), "switched to main (3 ms)");
-        outcome.switched = switched(false);
+        outcome.switched = Some(switched(false));
         assert_eq!(line(&outcome), None);
         outcome.notes = vec!["HEAD is detached: the database stays on main".into()];
         assert_eq!(

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
-use super::doctor;
+use super::{doctor, install_hooks};
 use crate::api::types::{At, Finding, Level, ProjectInfo, Request};
 use crate::cli::context::{self, Context};
 use crate::cli::report::{ExitStatus, Report};
@@ -75,6 +75,7 @@ pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
         }
     };
     let mut findings = found_in_git(&location);
+    findings.push(install_hooks::finding(&location));
     match doctor::remote(cx) {
         Ok(more) => findings.extend(more),
         Err(report) => cx.ui.warn(format_args!("{:#}", report.error)),

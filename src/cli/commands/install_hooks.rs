@@ -64,7 +64,7 @@ pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
     Ok(ExitStatus::Done)
 }
 
-/// How the hook stands, for `doctor`.
+/// How the hook stands, for `doctor` and `init`.
 pub(super) fn finding(location: &Location) -> Finding {
     let install = || Some("install it with `dbranch install-hooks`".to_owned());
     let (level, detail, fix) = match git::status(location) {
