@@ -65,7 +65,9 @@ fn sources() -> Vec<Source> {
             let name = entry.file_name().to_string_lossy().into_owned();
             if path.is_dir() {
                 folders.push(path);
-            } else if name.ends_with(".rs") && !name.ends_with("tests.rs") && name != "contract.rs"
+            } else if path.extension().is_some_and(|e| e == "rs")
+                && !name.ends_with("tests.rs")
+                && name != "contract.rs"
             {
                 let text = fs::read_to_string(&path).expect("a source file");
                 let lines = text

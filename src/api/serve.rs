@@ -19,6 +19,9 @@ use super::types::{Failure, FailureKind, Message, Request};
 /// Lines that may wait for a slow reader. Progress beyond it is dropped.
 const BACKLOG: usize = 64;
 
+/// Tells clients of another version that the daemon is one.
+const SERVER: &str = concat!("dbranch/", env!("CARGO_PKG_VERSION"));
+
 /// Does what requests ask.
 pub trait Handler: Clone + Send + Sync + 'static {
     /// Answers with the JSON of the request's answer type. The request is done to its end
@@ -68,7 +71,10 @@ async fn call<H: Handler>(
     });
     let lines = ReceiverStream::new(receiver).map(|message| Ok::<_, Infallible>(line(&message)));
     (
-        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        [
+            (header::CONTENT_TYPE, "application/x-ndjson"),
+            (header::SERVER, SERVER),
+        ],
         Body::from_stream(lines),
     )
         .into_response()

@@ -49,25 +49,20 @@ pub(super) async fn details(
     at: &Location,
     record: &BranchRecord,
 ) -> Result<BranchDetails, EngineError> {
-    let project = engine.project(at)?;
     let view = engine.view_of(at, record)?;
     let (credentials, _) = engine.connect_info(at, Some(&record.name)).await?;
     let usage = engine.usage_of(record).await.ok();
-    let server = project
-        .server
-        .as_ref()
-        .ok_or_else(|| EngineError::refused("the project has no server"))?;
     Ok(BranchDetails {
         info: branch(&view),
         storage: record.driver.clone(),
-        runtime: server.runtime.clone(),
+        runtime: record.server.runtime.clone(),
         url: credentials.url(),
         volume: engine.volume(record).await?,
         backend: match engine.backend(record) {
             BackendAddress::Unix { dir, port } => Backend::Unix { unix: dir, port },
             BackendAddress::Tcp { host, port } => Backend::Tcp { tcp: host, port },
         },
-        postgres_version: server.major,
+        postgres_version: record.server.major,
         log_file: engine.log_file(record),
         children: engine.children(record)?,
         sessions: view.sessions,
@@ -89,8 +84,8 @@ pub(super) fn created(
         branch: branch(&engine.view_of(at, &made.branch)?),
         method: made.method.clone(),
         storage: made.branch.driver.clone(),
-        runtime: made.server.runtime.clone(),
-        postgres_version: made.server.major,
+        runtime: made.branch.server.runtime.clone(),
+        postgres_version: made.branch.server.major,
         duration_ms: made.took.as_secs_f64() * 1000.0,
     })
 }

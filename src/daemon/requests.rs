@@ -1,7 +1,5 @@
 //! Turns requests of the api into calls of the engine, and what comes back into answers.
 
-use std::future::Future;
-
 use serde::Serialize;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -33,12 +31,8 @@ pub(super) struct Requests {
 type Answer = Result<Value, EngineError>;
 
 impl Handler for Requests {
-    fn handle(
-        &self,
-        request: Request,
-        tell: Tell,
-    ) -> impl Future<Output = Result<Value, Failure>> + Send {
-        async move { self.answer(request, tell).await.map_err(failure) }
+    async fn handle(&self, request: Request, tell: Tell) -> Result<Value, Failure> {
+        self.answer(request, tell).await.map_err(failure)
     }
 }
 
@@ -61,6 +55,7 @@ impl Requests {
         }
     }
 
+    #[expect(clippy::too_many_lines, reason = "one arm a request, each a few lines")]
     async fn answer(&self, request: Request, tell: Tell) -> Answer {
         let engine = &self.engine;
         let to = Reporter::new(move |report| {
@@ -314,8 +309,8 @@ impl Requests {
                 .filter(|v| matches!(v.state, InstanceState::Running(_)))
                 .count(),
             sessions: views.iter().map(|v| v.sessions).sum(),
-            storage: shown.map(|b| b.driver),
-            runtime: project.server.as_ref().map(|s| s.runtime.clone()),
+            storage: shown.as_ref().map(|b| b.driver.clone()),
+            runtime: shown.map(|b| b.server.runtime),
             notes: self.engine.notes(&project, at)?,
             project: project.name,
         })

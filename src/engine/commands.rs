@@ -39,7 +39,7 @@ impl Engine {
         if outcome.switched.as_ref().is_some_and(|s| s.changed) {
             due.extend(config.commands.after_switch.clone());
         }
-        if due.is_empty() || !self.are_allowed(project) {
+        if due.is_empty() || !Self::are_allowed(project) {
             return;
         }
         let parent = outcome
@@ -60,7 +60,7 @@ impl Engine {
     }
 
     /// Whether the config's commands, as they are now, may run. True where there are none.
-    pub(super) fn are_allowed(&self, project: &ProjectRecord) -> bool {
+    pub(super) fn are_allowed(project: &ProjectRecord) -> bool {
         Self::config(project).is_ok_and(|config| {
             (config.commands.after_create.is_empty() && config.commands.after_switch.is_empty())
                 || project.allowed_commands.as_deref() == Some(config.commands_digest().as_str())

@@ -10,12 +10,13 @@ use super::instances::{Live, Slot};
 use super::{
     ADMIN, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point, data_dir,
 };
+use crate::config::ProjectConfig;
 use crate::git::Location;
 use crate::postgres::{self, CONTROL_FILE};
 use crate::registry::{BranchRecord, ProjectRecord, ServerRecord, Stage};
 use crate::runtime::{InitSpec, RuntimeKind, Server, StopMode, choose};
 use crate::storage::{Choice, CloneMethod, Consistency, Omit, StorageDriver};
-use crate::types::{BranchId, BranchName, VolumeId};
+use crate::types::{BranchId, BranchName, Invalid, VolumeId};
 
 /// A branch that was made.
 #[derive(Debug, Clone)]
@@ -24,7 +25,6 @@ pub struct Created {
     pub parent: Option<BranchName>,
     /// For users: "btrfs snapshot".
     pub method: String,
-    pub server: ServerRecord,
     /// Until the branch was there, without its first start.
     pub took: Duration,
 }
@@ -58,76 +58,15 @@ impl Engine {
         to: &Reporter,
     ) -> Result<Created> {
         let begun = Instant::now();
-        let mut project = self.project_at(location)?;
+        let project = self.project_at(location)?;
         let config = Self::config(&project)?;
-        let live: Vec<_> = self
-            .0
-            .registry
-            .branches(&project.id)?
-            .into_iter()
-            .filter(|b| b.trashed_at.is_none())
-            .collect();
-        if let Some(first) = live.first() {
-            let (what, hint) = match first.stage {
-                Stage::Creating => ("is being made", "dbranch list".into()),
-                _ => (
-                    "exists already",
-                    "dbranch list, or git checkout -b NAME for another branch".to_owned(),
-                ),
-            };
-            return Err(EngineError::refused(format!(
-                "this project's first branch `{}` {what}",
-                first.name
-            ))
-            .hint(hint));
-        }
-        let name = match request.name {
-            Some(name) => name,
+        self.refuse_a_second_root(&project)?;
+        let name = match &request.name {
+            Some(name) => name.clone(),
             None => Self::first_name(location)?,
         };
-
-        let machine = &self.0.machine;
-        let choice: Choice = request
-            .storage
-            .as_deref()
-            .unwrap_or(&machine.storage.value)
-            .parse()
-            .map_err(|e: crate::types::Invalid| {
-                EngineError::config(e.to_string())
-                    .hint("set DBRANCH_STORAGE to auto, btrfs or copy")
-            })?;
-        let kind = match request.runtime.as_deref().unwrap_or(&machine.runtime.value) {
-            "auto" => None,
-            name => Some(name.parse::<RuntimeKind>().map_err(|e| {
-                EngineError::config(e.to_string())
-                    .hint("set DBRANCH_RUNTIME to auto, docker or native")
-            })?),
-        };
-        let pool = request.pool.unwrap_or_else(|| self.pool());
-        let driver = self.open_pool(choice, &pool).await?;
-        let chosen = choose(
-            kind,
-            config.postgres.version,
-            config.postgres.image.as_deref(),
-            &mut |pull| to.progress(&pull.status, pull.done_bytes, pull.total_bytes),
-        )
-        .await?;
-        if let Some(why) = &chosen.notice {
-            to.notice(format!("native postgres is used: {why}"));
-        }
-        if let Some(advice) = driver.advice() {
-            to.notice(advice);
-        }
-        let server = ServerRecord {
-            runtime: chosen.runtime.kind().to_string(),
-            programs: match &chosen.server {
-                Server::Native { bin_dir } => bin_dir.display().to_string(),
-                Server::Docker { image } => image.clone(),
-            },
-            major: chosen.major,
-        };
-        project.server = Some(server.clone());
-        self.0.registry.put_project(&project)?;
+        let driver = self.choose_driver(&request, to).await?;
+        let server = self.choose_server(&request, &config, to).await?;
 
         let id = BranchId::random();
         let slot = self.slot(&id);
@@ -141,7 +80,8 @@ impl Engine {
                 stage: Stage::Creating,
                 volume: VolumeId::random(),
                 driver: driver.kind().to_string(),
-                pool: pool.clone(),
+                pool: driver.pool().to_owned(),
+                server,
                 port: 0,
                 started_once: false,
                 created_at: SystemTime::now(),
@@ -151,23 +91,93 @@ impl Engine {
             port_is_free,
         )?;
         crash_point("init:intent");
-        if let Err(e) = self
-            .make_root(&slot, &mut live, &project, &branch, &chosen.server)
-            .await
-        {
+        if let Err(e) = self.make_root(&slot, &mut live, &config, &branch).await {
             self.undo(&slot, &mut live, &branch).await;
             return Err(e);
         }
         drop(live);
         self.publish(&branch).await;
         self.show_where_head_is(location, &branch).await?;
-        info!(branch = %name, storage = %branch.driver, runtime = %server.runtime, "made the first branch");
+        info!(branch = %name, storage = %branch.driver, runtime = %branch.server.runtime, "made the first branch");
         Ok(Created {
             branch,
             parent: None,
             method: "initdb".into(),
-            server,
             took: begun.elapsed(),
+        })
+    }
+
+    fn refuse_a_second_root(&self, project: &ProjectRecord) -> Result<()> {
+        let branches = self.0.registry.branches(&project.id)?;
+        let Some(first) = branches.iter().find(|b| b.trashed_at.is_none()) else {
+            return Ok(());
+        };
+        let (what, hint) = match first.stage {
+            Stage::Creating => ("is being made", "dbranch list"),
+            Stage::Deleting => ("is being deleted", "dbranch sync"),
+            Stage::Ready => (
+                "exists already",
+                "dbranch list, or git checkout -b NAME for another branch",
+            ),
+        };
+        let message = format!("this project's first branch `{}` {what}", first.name);
+        Err(EngineError::refused(message).hint(hint))
+    }
+
+    async fn choose_driver(
+        &self,
+        request: &InitRequest,
+        to: &Reporter,
+    ) -> Result<Arc<dyn StorageDriver>> {
+        let word = request
+            .storage
+            .as_ref()
+            .unwrap_or(&self.0.machine.storage.value);
+        let choice: Choice = word.parse().map_err(|e: Invalid| {
+            EngineError::config(e.to_string()).hint("set DBRANCH_STORAGE to auto, btrfs or copy")
+        })?;
+        let pool = request.pool.clone().unwrap_or_else(|| self.pool());
+        let driver = self.open_pool(choice, &pool).await?;
+        if let Some(advice) = driver.advice() {
+            to.notice(advice);
+        }
+        Ok(driver)
+    }
+
+    async fn choose_server(
+        &self,
+        request: &InitRequest,
+        config: &ProjectConfig,
+        to: &Reporter,
+    ) -> Result<ServerRecord> {
+        let word = request
+            .runtime
+            .as_ref()
+            .unwrap_or(&self.0.machine.runtime.value);
+        let kind = match word.as_str() {
+            "auto" => None,
+            name => Some(name.parse::<RuntimeKind>().map_err(|e| {
+                EngineError::config(e.to_string())
+                    .hint("set DBRANCH_RUNTIME to auto, docker or native")
+            })?),
+        };
+        let chosen = choose(
+            kind,
+            config.postgres.version,
+            config.postgres.image.as_deref(),
+            &mut |pull| to.progress(&pull.status, pull.done_bytes, pull.total_bytes),
+        )
+        .await?;
+        if let Some(why) = &chosen.notice {
+            to.notice(format!("native postgres is used: {why}"));
+        }
+        Ok(ServerRecord {
+            runtime: chosen.runtime.kind().to_string(),
+            programs: match chosen.server {
+                Server::Native { bin_dir } => bin_dir.display().to_string(),
+                Server::Docker { image } => image,
+            },
+            major: chosen.major,
         })
     }
 
@@ -175,13 +185,11 @@ impl Engine {
         &self,
         slot: &Slot,
         live: &mut Live,
-        project: &ProjectRecord,
+        config: &ProjectConfig,
         branch: &BranchRecord,
-        server: &Server,
     ) -> Result<()> {
-        let config = Self::config(project)?;
         let driver = self.driver(branch).await?;
-        let (runtime, _, _) = self.runtime(project).await?;
+        let (runtime, server) = self.runtime(&branch.server).await?;
         let (volume_id, owner) = (branch.volume.clone(), self.give_to());
         let maker = driver.clone();
         let data_dir = blocking(move || {
@@ -193,7 +201,7 @@ impl Engine {
         .await?;
 
         // initdb reads the password as the owner of the data, who can't read our secrets.
-        let admin_password = self.password(&project.id, Secret::Admin)?;
+        let admin_password = self.password(&branch.project, Secret::Admin)?;
         let password_file = driver.volume_path(&branch.volume).join("password");
         crate::fsx::write_atomic(
             &password_file,
@@ -204,7 +212,7 @@ impl Engine {
         .map_err(|e| EngineError::io("write", &password_file, &e))?;
         let made = runtime
             .init_cluster(&InitSpec {
-                server: server.clone(),
+                server,
                 data_dir,
                 owner: self.0.owner,
                 superuser: ADMIN.into(),
@@ -218,7 +226,7 @@ impl Engine {
         crash_point("init:cluster");
 
         self.launch(slot, live, branch).await?;
-        let role_password = self.password(&project.id, Secret::Role)?;
+        let role_password = self.password(&branch.project, Secret::Role)?;
         let admin = self.admin(live, branch).await?;
         admin
             .set_up(
@@ -228,7 +236,7 @@ impl Engine {
                 None,
             )
             .await?;
-        admin.checkpoint_if_written().await?;
+        admin.checkpoint().await?;
         self.0.registry.set_stage(&branch.id, Stage::Ready)?;
         self.0.registry.set_started(&branch.id)?;
         Ok(())
@@ -283,7 +291,6 @@ impl Engine {
     ) -> Result<Created> {
         let begun = Instant::now();
         let config = Self::config(project)?;
-        let server = project.server.clone().ok_or_else(EngineError::no_root)?;
         let id = BranchId::random();
         let slot = self.slot(&id);
         let mut live = slot.turn().await;
@@ -297,6 +304,7 @@ impl Engine {
                 volume: VolumeId::random(),
                 driver: parent.driver.clone(),
                 pool: parent.pool.clone(),
+                server: parent.server.clone(),
                 port: 0,
                 started_once: false,
                 created_at: SystemTime::now(),
@@ -345,7 +353,6 @@ impl Engine {
             branch,
             parent: Some(parent.name.clone()),
             method,
-            server,
             took,
         })
     }
@@ -374,7 +381,7 @@ impl Engine {
         let clone = move |omit: Omit| {
             blocking(move || {
                 Ok(cloner.clone_volume(&from, &into, omit, &|done, total| {
-                    reporter.progress(&what, done, total)
+                    reporter.progress(&what, done, total);
                 })?)
             })
         };

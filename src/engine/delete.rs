@@ -211,7 +211,7 @@ impl Engine {
         self.0.registry.remove_endpoints(&project.id)?;
         self.0.registry.put_project(&project)?;
         self.remove_if_empty(&project)?;
-        self.unmark(&project.common_dir);
+        Self::unmark(&project.common_dir);
         info!(project = %project.name, "project deleted");
         Ok((project, names))
     }

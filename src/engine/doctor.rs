@@ -58,7 +58,7 @@ impl Engine {
             "daemon",
             format!("runs as pid {}", std::process::id()),
         )];
-        checks.push(self.check_servers());
+        checks.push(check_servers());
         checks.push(match self.docker().await {
             Ok(_) => Check::ok("docker", "the engine answers"),
             Err(e) => Check {
@@ -87,7 +87,7 @@ impl Engine {
             format!("`{}`, port {}", project.name, project.proxy_port),
         ));
         checks.extend(self.check_branches(&project).await?);
-        if !self.are_allowed(&project) {
+        if !Self::are_allowed(&project) {
             checks.push(Check::warning(
                 "commands",
                 "the config's commands are not allowed yet",
@@ -95,22 +95,6 @@ impl Engine {
             ));
         }
         Ok(checks)
-    }
-
-    fn check_servers(&self) -> Check {
-        let found = crate::runtime::discover::installed();
-        if found.is_empty() {
-            return Check::warning(
-                "postgres",
-                "no PostgreSQL server programs (13 to 18) found",
-                "install postgresql, or use Docker",
-            );
-        }
-        let list: Vec<_> = found
-            .iter()
-            .map(|f| format!("{} in {}", f.version_text, f.bin_dir.display()))
-            .collect();
-        Check::ok("postgres", list.join(", "))
     }
 
     async fn check_pool(&self) -> Check {
@@ -201,4 +185,20 @@ impl Engine {
         }
         Ok(checks)
     }
+}
+
+fn check_servers() -> Check {
+    let found = crate::runtime::discover::installed();
+    if found.is_empty() {
+        return Check::warning(
+            "postgres",
+            "no PostgreSQL server programs (13 to 18) found",
+            "install postgresql, or use Docker",
+        );
+    }
+    let list: Vec<_> = found
+        .iter()
+        .map(|f| format!("{} in {}", f.version_text, f.bin_dir.display()))
+        .collect();
+    Check::ok("postgres", list.join(", "))
 }

@@ -109,9 +109,15 @@ impl From<StorageError> for EngineError {
 
 impl From<RuntimeError> for EngineError {
     fn from(e: RuntimeError) -> Self {
+        let hint = match &e {
+            RuntimeError::Unavailable(_) => {
+                Some("start Docker, or use this machine's postgres: DBRANCH_RUNTIME=native")
+            }
+            other => other.hint(),
+        };
         Self {
             kind: Kind::Refused,
-            hint: e.hint().map(Into::into),
+            hint: hint.map(Into::into),
             message: e.to_string(),
         }
     }

@@ -8,7 +8,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tracing::{info, warn};
 
 use super::{ADMIN, Engine, EngineError, Result, Secret, data_dir, lock};
-use crate::postgres::{self, Admin, Conf};
+use crate::postgres::{self, Admin, Conf, Listen};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::{Instance, InstanceSpec, Limits, Runtime, StopMode};
 use crate::types::{BackendAddress, BranchId, BranchName};
@@ -230,13 +230,8 @@ impl Engine {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
-        let instance = match runtime.find(&spec).await? {
-            Some(found) => found,
-            None => {
-                self.write_conf(&project, branch).await?;
-                runtime.start(&spec).await?
-            }
-        };
+        self.write_conf(&project, branch, &runtime).await?;
+        let instance = runtime.start(&spec).await?;
         let mut exit = instance.exit.clone();
         let ready = tokio::select! {
             ready = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => match ready {
@@ -428,7 +423,7 @@ impl Engine {
         branch: &BranchRecord,
     ) -> Result<(Runtime, InstanceSpec)> {
         let config = Self::config(project)?;
-        let (runtime, server, _) = self.runtime(project).await?;
+        let (runtime, server) = self.runtime(&branch.server).await?;
         let spec = InstanceSpec {
             project: project.id.clone(),
             project_name: project.name.clone(),
@@ -461,11 +456,17 @@ impl Engine {
         &self,
         project: &ProjectRecord,
         branch: &BranchRecord,
+        runtime: &Runtime,
     ) -> Result<()> {
         let settings = Self::config(project)?.postgres.settings;
         postgres::check_settings(&settings)?;
         let driver = self.driver(branch).await?;
         let conf = Conf {
+            listen: if runtime.needs_tcp() {
+                Listen::Container
+            } else {
+                Listen::SocketOnly
+            },
             settings,
             copy_on_write: driver.shares_blocks(),
             ..Conf::default()

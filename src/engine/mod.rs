@@ -46,7 +46,7 @@ pub use view::{BranchView, Credentials, PoolView, UsageView};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
-use crate::registry::{BranchRecord, ProjectRecord, Registry};
+use crate::registry::{BranchRecord, ProjectRecord, Registry, ServerRecord};
 use crate::runtime::{Docker, Native, Runtime, Server, server_for};
 use crate::storage::{self, StorageDriver};
 use crate::types::{BranchId, Owner, Password, ProjectId};
@@ -182,9 +182,8 @@ impl Engine {
             .unwrap_or_else(|e| Err(EngineError::bug(format!("an operation broke off: {e}"))))
     }
 
-    /// The runtime that a project recorded.
-    async fn runtime(&self, project: &ProjectRecord) -> Result<(Runtime, Server, u32)> {
-        let record = project.server.as_ref().ok_or_else(EngineError::no_root)?;
+    /// The runtime that a branch recorded.
+    async fn runtime(&self, record: &ServerRecord) -> Result<(Runtime, Server)> {
         if record.runtime == "docker" {
             let docker = self.docker().await?;
             Ok((
@@ -192,7 +191,6 @@ impl Engine {
                 Server::Docker {
                     image: record.programs.clone(),
                 },
-                record.major,
             ))
         } else {
             let mut bin_dir = PathBuf::from(&record.programs);
@@ -203,11 +201,7 @@ impl Engine {
                     bin_dir = elsewhere;
                 }
             }
-            Ok((
-                Runtime::Native(Native),
-                Server::Native { bin_dir },
-                record.major,
-            ))
+            Ok((Runtime::Native(Native), Server::Native { bin_dir }))
         }
     }
 

@@ -34,9 +34,9 @@ impl Engine {
                 ..known
             },
             known => {
-                let (id, created_at, server) = match known {
-                    Some(old) => (old.id, old.created_at, old.server),
-                    None => (ProjectId::random(), SystemTime::now(), None),
+                let (id, created_at) = match known {
+                    Some(old) => (old.id, old.created_at),
+                    None => (ProjectId::random(), SystemTime::now()),
                 };
                 let (proxy_port, note) = self.free_proxy_port(&id, &config)?;
                 notes.extend(note);
@@ -46,7 +46,6 @@ impl Engine {
                     common_dir: location.common_dir.clone(),
                     config: text,
                     proxy_port,
-                    server,
                     allowed_commands: None,
                     created_at,
                     deleted_at: None,
@@ -71,7 +70,7 @@ impl Engine {
     pub(super) async fn listen(&self, project: &ProjectRecord) -> Result<()> {
         self.0.ports.open(Self::main_endpoint(project), project.proxy_port).await.map_err(|why| {
             EngineError::refused(why)
-                .hint("free that port, or set another proxy_port in .dbranch.config.json (dbranch init --proxy-port N)")
+                .hint("choose another one with `dbranch init --proxy-port N`, or as proxy_port in .dbranch.config.json")
         })
     }
 
@@ -195,7 +194,7 @@ impl Engine {
         Ok(moved)
     }
 
-    pub(super) fn unmark(&self, common_dir: &Path) {
+    pub(super) fn unmark(common_dir: &Path) {
         let file = mark_file(common_dir);
         let _ = std::fs::remove_file(&file);
         if let Some(dir) = file.parent() {

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 
+use futures_util::future::join_all;
 use tracing::{info, warn};
 
 use super::follow::{Followed, Urge};
@@ -39,9 +40,8 @@ impl Engine {
             if let Err(e) = self.listen(&project).await {
                 warn!(project = %project.name, "{e}");
             }
-            for branch in self.0.registry.branches(&project.id)? {
-                self.take_up(&branch).await;
-            }
+            let branches = self.0.registry.branches(&project.id)?;
+            join_all(branches.iter().map(|branch| self.take_up(branch))).await;
         }
         Ok(())
     }

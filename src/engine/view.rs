@@ -268,7 +268,7 @@ impl Engine {
                 }
             }
         }
-        if !self.are_allowed(project) {
+        if !Self::are_allowed(project) {
             notes.push(
                 "the config's commands are not allowed yet: review them with `dbranch allow`"
                     .into(),

@@ -186,13 +186,18 @@ impl Admin {
         self.run(MAKE, &statement).await
     }
 
+    /// Makes a checkpoint.
+    pub async fn checkpoint(&self) -> Result<(), AdminError> {
+        self.run("write a checkpoint", "CHECKPOINT").await
+    }
+
     /// Makes a checkpoint if that pays: see [`CHECKPOINT_FROM_WAL_BYTES`]. Says
     /// whether it did. Without one it costs one query.
     pub async fn checkpoint_if_written(&self) -> Result<bool, AdminError> {
         if self.wal_since_checkpoint().await? < CHECKPOINT_FROM_WAL_BYTES {
             return Ok(false);
         }
-        self.run("write a checkpoint", "CHECKPOINT").await?;
+        self.checkpoint().await?;
         Ok(true)
     }
 

@@ -26,8 +26,6 @@ pub struct ProjectRecord {
     pub config: String,
     /// The port in use; another than the config's where that one was taken by another project.
     pub proxy_port: u16,
-    /// What its instances run on; none before the first branch.
-    pub server: Option<ServerRecord>,
     /// Digest of the config's commands that the user allowed.
     pub allowed_commands: Option<String>,
     pub created_at: SystemTime,
@@ -35,7 +33,7 @@ pub struct ProjectRecord {
     pub deleted_at: Option<SystemTime>,
 }
 
-/// What a project's instances run on. It is never changed silently: another C
+/// What a branch's instance runs on, as its parent's did. It is never changed silently: another C
 /// library sorts text differently and would break indexes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerRecord {
@@ -70,6 +68,7 @@ pub struct BranchRecord {
     /// The storage driver's name.
     pub driver: String,
     pub pool: PathBuf,
+    pub server: ServerRecord,
     /// Its own port, served by the proxy.
     pub port: u16,
     /// Whether an instance of it ever was ready.

@@ -139,13 +139,11 @@ impl Registry {
     pub fn put_project(&self, p: &ProjectRecord) -> Result<()> {
         self.write(Durability::Disk, |c| {
             c.prepare_cached(
-                "INSERT INTO projects (id, name, common_dir, config, proxy_port, runtime, programs, major,
-                                       allowed_commands, created_at, deleted_at)
-                 VALUES (:id, :name, :common_dir, :config, :proxy_port, :runtime, :programs, :major,
-                         :allowed, :created, :deleted)
+                "INSERT INTO projects (id, name, common_dir, config, proxy_port, allowed_commands, created_at,
+                                       deleted_at)
+                 VALUES (:id, :name, :common_dir, :config, :proxy_port, :allowed, :created, :deleted)
                  ON CONFLICT (id) DO UPDATE SET name = :name, common_dir = :common_dir, config = :config,
-                    proxy_port = :proxy_port, runtime = :runtime, programs = :programs, major = :major,
-                    allowed_commands = :allowed, deleted_at = :deleted",
+                    proxy_port = :proxy_port, allowed_commands = :allowed, deleted_at = :deleted",
             )?
             .execute(named_params! {
                 ":id": p.id.as_str(),
@@ -153,9 +151,6 @@ impl Registry {
                 ":common_dir": text(&p.common_dir),
                 ":config": p.config,
                 ":proxy_port": p.proxy_port,
-                ":runtime": p.server.as_ref().map(|s| &s.runtime),
-                ":programs": p.server.as_ref().map(|s| &s.programs),
-                ":major": p.server.as_ref().map(|s| s.major),
                 ":allowed": p.allowed_commands,
                 ":created": millis(p.created_at),
                 ":deleted": p.deleted_at.map(millis),
@@ -227,8 +222,8 @@ impl Registry {
                 .ok_or(RegistryError::NoPort { min: ports.0, max: ports.1 })?;
             c.prepare_cached(
                 "INSERT INTO branches (id, project, name, parent, stage, volume, driver, pool, port, started_once,
-                                       created_at, trashed_at)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+                                       created_at, trashed_at, runtime, programs, major)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
             )?
             .execute(params![
                 new.id.as_str(),
@@ -243,6 +238,9 @@ impl Registry {
                 new.started_once,
                 millis(new.created_at),
                 new.trashed_at.map(millis),
+                new.server.runtime,
+                new.server.programs,
+                new.server.major,
             ])
             .map_err(|e| match e.sqlite_error_code() {
                 Some(rusqlite::ErrorCode::ConstraintViolation) => RegistryError::NameTaken(new.name.clone()),
@@ -380,22 +378,12 @@ fn all<T, P: rusqlite::Params>(
 }
 
 fn project(row: &Row<'_>) -> rusqlite::Result<ProjectRecord> {
-    let runtime: Option<String> = row.get("runtime")?;
-    let server = match runtime {
-        Some(runtime) => Some(ServerRecord {
-            runtime,
-            programs: row.get("programs")?,
-            major: row.get("major")?,
-        }),
-        None => None,
-    };
     Ok(ProjectRecord {
         id: valid(row, "id", ProjectId::new)?,
         name: row.get("name")?,
         common_dir: path(row, "common_dir")?,
         config: row.get("config")?,
         proxy_port: row.get("proxy_port")?,
-        server,
         allowed_commands: row.get("allowed_commands")?,
         created_at: time(row.get("created_at")?),
         deleted_at: row.get::<_, Option<i64>>("deleted_at")?.map(time),
@@ -420,6 +408,11 @@ fn branch(row: &Row<'_>) -> rusqlite::Result<BranchRecord> {
         volume: valid(row, "volume", crate::types::VolumeId::new)?,
         driver: row.get("driver")?,
         pool: path(row, "pool")?,
+        server: ServerRecord {
+            runtime: row.get("runtime")?,
+            programs: row.get("programs")?,
+            major: row.get("major")?,
+        },
         port: row.get("port")?,
         started_once: row.get("started_once")?,
         created_at: time(row.get("created_at")?),
@@ -465,12 +458,13 @@ fn stage_word(stage: Stage) -> &'static str {
 
 /// Paths are kept as text; bytes that are no UTF-8 are escaped so that they come back unchanged.
 fn text(path: &Path) -> String {
+    use std::fmt::Write;
     use std::os::unix::ffi::OsStrExt;
     let mut out = String::new();
     for chunk in path.as_os_str().as_bytes().utf8_chunks() {
         out.push_str(&chunk.valid().replace('\u{1}', "\u{1}01"));
         for byte in chunk.invalid() {
-            out.push_str(&format!("\u{1}{byte:02x}"));
+            let _ = write!(out, "\u{1}{byte:02x}");
         }
     }
     out
@@ -516,11 +510,6 @@ mod tests {
             common_dir: common_dir.into(),
             config: "{}".into(),
             proxy_port,
-            server: Some(ServerRecord {
-                runtime: "native".into(),
-                programs: "/opt/pg/bin".into(),
-                major: 15,
-            }),
             allowed_commands: None,
             created_at: time(1_700_000_000_123),
             deleted_at: None,
@@ -537,6 +526,11 @@ mod tests {
             volume: VolumeId::random(),
             driver: "copy".into(),
             pool: "/pool".into(),
+            server: ServerRecord {
+                runtime: "native".into(),
+                programs: "/opt/pg/bin".into(),
+                major: 15,
+            },
             port: 0,
             started_once: false,
             created_at: time(1_700_000_000_456),

@@ -192,6 +192,14 @@ impl Runtime {
         }
     }
 
+    /// Whether servers must accept TCP, because no Unix socket reaches them.
+    pub fn needs_tcp(&self) -> bool {
+        match self {
+            Self::Docker(docker) => docker.connect == Connect::Tcp,
+            Self::Native(_) => false,
+        }
+    }
+
     /// Makes a database cluster: UTF-8, checksums, SCRAM for every connection.
     /// It survives a power cut once this returns, as initdb syncs what it wrote.
     pub async fn init_cluster(&self, spec: &InitSpec) -> Result<(), RuntimeError> {

@@ -1,4 +1,5 @@
 use std::ffi::OsStr;
+use std::fmt::Display;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -8,7 +9,7 @@ use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
 use tokio::process::Command;
 
-use crate::api::types::{BranchUsage, Created, UsageInfo};
+use crate::api::types::{Created, UsageInfo};
 use crate::cli::context::Context;
 use crate::cli::render;
 use crate::cli::report::{ExitStatus, Report};
@@ -149,34 +150,47 @@ impl Stage {
 
     async fn play(&self, cx: &Context) -> anyhow::Result<Timings> {
         let mut t = Timings::default();
-        let say = |line: String| -> anyhow::Result<()> {
-            if !cx.ui.json {
-                cx.ui.answer(line).map_err(|report| report.error)?;
-            }
-            Ok(())
-        };
-        let typed = |command: &str| format!("\n{} {command}", cx.ui.paint(Tone::Faint, "$"));
+        say(
+            cx,
+            "A shop's database, branched with git. One URL throughout.",
+        )?;
+        let url = self.open_the_shop(cx, &mut t).await?;
+        let branch = self.branch_and_migrate(cx, &url, &mut t).await?;
 
-        say("A shop's database, branched with git. One URL throughout.".into())?;
-        std::fs::create_dir(self.repository()).context("make the repository's folder")?;
-        for arguments in [
-            &["init", "-q", "-b", "main"][..],
-            &["commit", "-q", "--allow-empty", "-m", "A shop"],
-        ] {
-            self.git(arguments).await?;
+        say_typed(cx, "git checkout main")?;
+        let begun = Instant::now();
+        let said = self.git(&["checkout", "-q", "main"]).await?;
+        t.checkout_back_ms = millis(begun);
+        let main = look(&url).await?;
+        t.answer_back_ms = millis(begun);
+        say(
+            cx,
+            format!(
+                "  {}\n  main answered after {}",
+                said.trim(),
+                render::millis(t.answer_back_ms)
+            ),
+        )?;
+        if main == branch {
+            bail!("both branches show the same: {main:?}");
         }
-        say(typed(
+        self.compare(cx, main, branch, &mut t).await?;
+        Ok(t)
+    }
+
+    /// Makes repository, project and database; the URL.
+    async fn open_the_shop(&self, cx: &Context, t: &mut Timings) -> anyhow::Result<String> {
+        std::fs::create_dir(self.repository()).context("make the repository's folder")?;
+        self.git(&["init", "-q", "-b", "main"]).await?;
+        self.git(&["commit", "-q", "--allow-empty", "-m", "A shop"])
+            .await?;
+        say_typed(
+            cx,
             "dbranch init && dbranch init-postgres && dbranch install-hooks",
-        ))?;
-        self.dbranch(&[
-            "init",
-            "--yes",
-            "--name",
-            "shop",
-            "--proxy-port",
-            &self.proxy_port.to_string(),
-        ])
-        .await?;
+        )?;
+        let port = self.proxy_port.to_string();
+        self.dbranch(&["init", "--yes", "--name", "shop", "--proxy-port", &port])
+            .await?;
         let begun = Instant::now();
         let created = self.init_postgres().await?;
         t.init_postgres_ms = millis(begun);
@@ -184,80 +198,92 @@ impl Stage {
         t.runtime.clone_from(&created.runtime);
         self.dbranch(&["install-hooks"]).await?;
         let url = self.dbranch(&["url"]).await?.trim().to_owned();
-        say(format!(
-            "  main: PostgreSQL {}, {} runtime, {} storage: {}\n  {url}",
-            created.postgres_version,
-            created.runtime,
-            created.storage,
-            render::millis(t.init_postgres_ms)
-        ))?;
+        say(
+            cx,
+            format!(
+                "  main: PostgreSQL {}, {} runtime, {} storage: {}\n  {url}",
+                created.postgres_version,
+                created.runtime,
+                created.storage,
+                render::millis(t.init_postgres_ms)
+            ),
+        )?;
         let begun = Instant::now();
         query(&url, SCHEMA).await?;
         t.load_ms = millis(begun);
-        say(format!(
-            "  5,000 customers and 50,000 orders loaded: {}",
-            render::millis(t.load_ms)
-        ))?;
+        say(
+            cx,
+            format!(
+                "  5,000 customers and 50,000 orders loaded: {}",
+                render::millis(t.load_ms)
+            ),
+        )?;
+        Ok(url)
+    }
 
-        say(typed("git checkout -b feature/loyalty"))?;
+    /// What the new branch shows after its migration.
+    async fn branch_and_migrate(
+        &self,
+        cx: &Context,
+        url: &str,
+        t: &mut Timings,
+    ) -> anyhow::Result<[String; 2]> {
+        say_typed(cx, "git checkout -b feature/loyalty")?;
         let begun = Instant::now();
         let said = self
             .git(&["checkout", "-q", "-b", "feature/loyalty"])
             .await?;
         t.checkout_new_ms = millis(begun);
-        query(&url, "select 1").await?;
+        query(url, "select 1").await?;
         t.first_answer_ms = millis(begun);
-        say(format!(
-            "  {}\n  git was back after {}, the new branch answered after {}",
-            said.trim(),
-            render::millis(t.checkout_new_ms),
-            render::millis(t.first_answer_ms)
-        ))?;
-        say(typed(
+        say(
+            cx,
+            format!(
+                "  {}\n  git was back after {}, the new branch answered after {}",
+                said.trim(),
+                render::millis(t.checkout_new_ms),
+                render::millis(t.first_answer_ms)
+            ),
+        )?;
+        say_typed(
+            cx,
             "psql \"$(dbranch url)\" -f migrations/2_loyalty_points.sql",
-        ))?;
-        query(&url, MIGRATION).await?;
-        let branch = look(&url).await?;
+        )?;
+        query(url, MIGRATION).await?;
+        look(url).await
+    }
 
-        say(typed("git checkout main"))?;
-        let begun = Instant::now();
-        let said = self.git(&["checkout", "-q", "main"]).await?;
-        t.checkout_back_ms = millis(begun);
-        let main = look(&url).await?;
-        t.answer_back_ms = millis(begun);
-        say(format!(
-            "  {}\n  main answered after {}",
-            said.trim(),
-            render::millis(t.answer_back_ms)
-        ))?;
-        if main == branch {
-            bail!("both branches show the same: {main:?}");
-        }
-
-        say("\nThe same URL, on each branch:".into())?;
+    async fn compare(
+        &self,
+        cx: &Context,
+        main: [String; 2],
+        branch: [String; 2],
+        t: &mut Timings,
+    ) -> anyhow::Result<()> {
+        say(cx, "\nThe same URL, on each branch:")?;
         let rows = [("main", main), ("feature/loyalty", branch)]
             .map(|(name, [columns, orders])| vec![name.to_owned(), orders, columns]);
         for line in render::table(&["", "ORDERS", "COLUMNS OF CUSTOMERS"], &rows) {
-            say(format!("  {line}"))?;
+            say(cx, format!("  {line}"))?;
         }
         let usage: UsageInfo = serde_json::from_str(&self.dbranch(&["usage", "--json"]).await?)?;
-        if let Some(BranchUsage {
-            logical_bytes,
-            exclusive_bytes,
-            ..
-        }) = usage
+        if let Some(of_branch) = usage
             .branches
             .iter()
             .find(|b| b.name.as_str() == "feature/loyalty")
         {
-            (t.branch_bytes, t.branch_own_bytes) = (*logical_bytes, *exclusive_bytes);
-            say(format!(
-                "  feature/loyalty has {}, of which {} are its own",
-                render::bytes(*logical_bytes),
-                render::bytes(*exclusive_bytes)
-            ))?;
+            t.branch_bytes = of_branch.logical_bytes;
+            t.branch_own_bytes = of_branch.exclusive_bytes;
+            say(
+                cx,
+                format!(
+                    "  feature/loyalty has {}, of which {} are its own",
+                    render::bytes(t.branch_bytes),
+                    render::bytes(t.branch_own_bytes)
+                ),
+            )?;
         }
-        Ok(t)
+        Ok(())
     }
 
     /// Native postgres where there is one, unless the user says otherwise.
@@ -361,6 +387,17 @@ impl Stage {
         }
         Ok((String::from_utf8_lossy(&output.stdout).into_owned(), said))
     }
+}
+
+fn say(cx: &Context, line: impl Display) -> anyhow::Result<()> {
+    if cx.ui.json {
+        return Ok(());
+    }
+    cx.ui.answer(line).map_err(|report| report.error)
+}
+
+fn say_typed(cx: &Context, command: &str) -> anyhow::Result<()> {
+    say(cx, format!("\n{} {command}", cx.ui.paint(Tone::Faint, "$")))
 }
 
 /// What an app sees through the URL: columns of `customers`, number of orders.

@@ -34,7 +34,7 @@ pub struct Docker {
     api: bollard::Docker,
     /// Where it was found, for messages.
     endpoint: String,
-    connect: Connect,
+    pub(super) connect: Connect,
     /// The engine maps user ids; our containers must opt out to own files as their owner.
     maps_users: bool,
     layouts: Arc<Mutex<HashMap<String, image::Layout>>>,
