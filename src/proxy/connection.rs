@@ -322,3 +322,275 @@ where
     };
     let _ = timeout(FAREWELL_LIMIT, drain).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::Pin;
+    use std::sync::Mutex;
+
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::net::TcpListener;
+    use tokio::sync::oneshot;
+    use tokio::task::JoinHandle;
+
+    use super::*;
+    use crate::proxy::wire::{CancelKey, backend_key_data, cancel_request};
+    use crate::types::{BackendAddress, BranchId};
+
+    type Answer = Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send>>;
+
+    /// Gives one prepared answer.
+    struct Prepared(Mutex<Option<Answer>>);
+
+    impl Router for Prepared {
+        fn route<'a>(
+            &'a self,
+            _startup: &'a Startup,
+        ) -> Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send + 'a>> {
+            self.0.lock().unwrap().take().expect("asked once")
+        }
+    }
+
+    struct Fixture {
+        shared: Arc<Shared>,
+        _running: watch::Sender<bool>,
+        shutdown: watch::Receiver<bool>,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let (running, shutdown) = watch::channel(false);
+            let shared = Arc::new(Shared {
+                keys: CancelKeys::default(),
+                sessions: AtomicUsize::new(0),
+                max_sessions: 1,
+                handshake_limit: Duration::from_secs(30),
+            });
+            Self {
+                shared,
+                _running: running,
+                shutdown,
+            }
+        }
+
+        /// A client's end of a connection that is routed by `answer`.
+        fn connect(&self, answer: Answer) -> (DuplexStream, JoinHandle<()>) {
+            let (client, near) = duplex(4096);
+            let endpoint = Arc::new(Endpoint {
+                shared: self.shared.clone(),
+                router: Arc::new(Prepared(Mutex::new(Some(answer)))),
+                home: Handle::current(),
+                shutdown: self.shutdown.clone(),
+            });
+            (client, tokio::spawn(serve(near, endpoint)))
+        }
+    }
+
+    fn never() -> Answer {
+        Box::pin(std::future::pending())
+    }
+
+    fn startup(minor: u8) -> Vec<u8> {
+        let body = b"user\0me\0\0";
+        let mut packet = vec![
+            0,
+            0,
+            0,
+            8 + u8::try_from(body.len()).unwrap(),
+            0,
+            3,
+            0,
+            minor,
+        ];
+        packet.extend(body);
+        packet
+    }
+
+    /// Everything the proxy says to a client that sends `bytes` and waits.
+    async fn conversation(fixture: &Fixture, answer: Answer, bytes: &[u8]) -> String {
+        let (mut client, task) = fixture.connect(answer);
+        client.write_all(bytes).await.unwrap();
+        let mut said = Vec::new();
+        client.read_to_end(&mut said).await.unwrap();
+        drop(client);
+        task.await.unwrap();
+        assert_eq!(fixture.shared.sessions.load(Ordering::Relaxed), 0);
+        String::from_utf8_lossy(&said).into_owned()
+    }
+
+    /// A server's socket and a route to it. Dropping the sender removes the endpoint.
+    async fn server() -> (TcpListener, watch::Sender<Option<BranchId>>, Answer) {
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let branch = BranchId::random();
+        let show = watch::Sender::new(Some(branch.clone()));
+        let route = Route {
+            branch,
+            branch_name: BranchName::new("feature/x").unwrap(),
+            backend: BackendAddress::Tcp {
+                host: "127.0.0.1".into(),
+                port: socket.local_addr().unwrap().port(),
+            },
+            active: show.subscribe(),
+            grace: Duration::from_secs(30),
+            lease: Box::new(()),
+        };
+        (socket, show, Box::pin(async { Ok(route) }))
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_told_in_full() {
+        let refusal = RouteError {
+            sqlstate: "57P03",
+            message: "branch `x` did not start".into(),
+            detail: Some("why".into()),
+            hint: Some("what to do".into()),
+        };
+        let answer = Box::pin(async { Err(refusal) });
+        let said = conversation(&Fixture::new(), answer, &startup(0)).await;
+        let fields = "SFATAL\0VFATAL\0C57P03\0Mbranch `x` did not start\0Dwhy\0Hwhat to do\0\0";
+        assert!(said.starts_with('E') && said.ends_with(fields), "{said:?}");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_told() {
+        let (socket, _show, answer) = server().await;
+        drop(socket);
+        let said = conversation(&Fixture::new(), answer, &startup(0)).await;
+        assert!(
+            said.contains("C08006\0Mcould not connect to the server of branch `feature/x`\0"),
+            "{said:?}"
+        );
+        assert!(said.contains("dbranch logs feature/x"), "{said:?}");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_vanishes_is_told() {
+        let (socket, _show, answer) = server().await;
+        let accept = tokio::spawn(async move { drop(socket.accept().await.unwrap()) });
+        let said = conversation(&Fixture::new(), answer, &startup(0)).await;
+        accept.await.unwrap();
+        assert!(said.contains("C08006\0"), "{said:?}");
+    }
+
+    #[tokio::test]
+    async fn one_session_too_many_is_told() {
+        let fixture = Fixture::new();
+        let (mut first, task) = fixture.connect(never());
+        first.write_all(&startup(0)).await.unwrap();
+        while fixture.shared.sessions.load(Ordering::Relaxed) == 0 {
+            tokio::task::yield_now().await;
+        }
+        let (mut second, _task) = fixture.connect(never());
+        second.write_all(&startup(0)).await.unwrap();
+        let mut said = Vec::new();
+        second.read_to_end(&mut said).await.unwrap();
+        assert!(String::from_utf8_lossy(&said).contains("C53300\0"));
+        drop(first);
+        task.await.unwrap();
+        assert_eq!(fixture.shared.sessions.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn who_leaves_before_the_branch_is_ready_is_not_waited_for() {
+        let (dropped, route_was_dropped) = oneshot::channel::<()>();
+        let answer = Box::pin(async move {
+            let _held = dropped;
+            std::future::pending().await
+        });
+        let fixture = Fixture::new();
+        let (mut client, task) = fixture.connect(answer);
+        client.write_all(&startup(0)).await.unwrap();
+        drop(client);
+        task.await.unwrap();
+        assert!(route_was_dropped.await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_does_not_speak_the_protocol_gets_no_answer() {
+        for bytes in [
+            &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
+            b"GET / HTTP/1.1\r\n\r\n",
+        ] {
+            assert_eq!(conversation(&Fixture::new(), never(), bytes).await, "");
+        }
+        let protocol_2 = [&[0, 0, 0, 8, 0, 2, 0, 0][..]].concat();
+        assert!(
+            conversation(&Fixture::new(), never(), &protocol_2)
+                .await
+                .contains("C0A000\0")
+        );
+        let unterminated = [&[0, 0, 0, 13, 0, 3, 0, 0][..], b"user\0"].concat();
+        assert!(
+            conversation(&Fixture::new(), never(), &unterminated)
+                .await
+                .contains("C08P01\0")
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_sends_too_slowly_is_closed() {
+        let (mut client, task) = Fixture::new().connect(never());
+        client.write_all(&startup(0)[..9]).await.unwrap();
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_long_cancel_key_of_ours_leads_to_the_backends_own() {
+        let fixture = Fixture::new();
+        let (socket, show, answer) = server().await;
+        let (mut client, task) = fixture.connect(answer);
+        // Sent ahead, though no client does: it reaches the backend all the same.
+        let ahead = b"p\0\0\0\x08pass";
+        client
+            .write_all(&[&startup(2), &ahead[..]].concat())
+            .await
+            .unwrap();
+        let (mut backend, _) = socket.accept().await.unwrap();
+        let mut got = vec![0; startup(2).len() + ahead.len()];
+        backend.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, [&startup(2), &ahead[..]].concat());
+
+        let theirs = CancelKey {
+            pid: 4711,
+            secret: vec![7; 200].into(),
+        };
+        let ready = b"Z\0\0\0\x05I";
+        backend
+            .write_all(&[&backend_key_data(&theirs), &ready[..]].concat())
+            .await
+            .unwrap();
+        let mut told = vec![0; 9 + 32 + ready.len()];
+        client.read_exact(&mut told).await.unwrap();
+        let ours = CancelKey {
+            pid: 4711,
+            secret: told[9..41].into(),
+        };
+        assert_eq!(told, [&backend_key_data(&ours), &ready[..]].concat());
+
+        let (mut canceller, cancel_task) = fixture.connect(never());
+        canceller.write_all(&cancel_request(&ours)).await.unwrap();
+        let (mut at_backend, _) = socket.accept().await.unwrap();
+        let mut request = vec![0; cancel_request(&theirs).len()];
+        at_backend.read_exact(&mut request).await.unwrap();
+        assert_eq!(request, cancel_request(&theirs));
+        // The client's closing tells that the backend has heard.
+        assert!(!cancel_task.is_finished());
+        drop(at_backend);
+        assert_eq!(canceller.read(&mut [0; 1]).await.unwrap(), 0);
+        cancel_task.await.unwrap();
+
+        // The endpoint goes: the client is told, the backend gets its Terminate.
+        drop(show);
+        let mut said = Vec::new();
+        client.read_to_end(&mut said).await.unwrap();
+        assert!(String::from_utf8_lossy(&said).contains("C57P01\0"));
+        let mut last = Vec::new();
+        backend.read_to_end(&mut last).await.unwrap();
+        assert_eq!(last, TERMINATE);
+        drop(client);
+        task.await.unwrap();
+        assert!(fixture.shared.keys.target(&ours).is_none());
+    }
+}

@@ -27,6 +27,8 @@ mod greeting;
 mod handshake;
 mod holder;
 mod listen;
+#[cfg(test)]
+mod live_tests;
 mod relay;
 mod session;
 mod wire;

@@ -353,3 +353,293 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::proxy::cancel::CancelKeys;
+    use crate::types::{BackendAddress, BranchId};
+
+    fn message(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![kind];
+        bytes.extend(u32::try_from(4 + payload.len()).unwrap().to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    fn greeting() -> Greeting {
+        let backend = BackendAddress::Tcp {
+            host: "127.0.0.1".into(),
+            port: 1,
+        };
+        Greeting::new(CancelKeys::default(), backend, 0)
+    }
+
+    /// Both far ends of a session and what moves it.
+    struct Ends {
+        client: DuplexStream,
+        backend: DuplexStream,
+        show: watch::Sender<Option<BranchId>>,
+        _running: watch::Sender<bool>,
+    }
+
+    const GRACE: Duration = Duration::from_secs(30);
+    const SMALL_PIPE: usize = 512;
+
+    /// A session on pipes that hold 512 bytes, past its greeting. The task's answer:
+    /// why it ended, whether the client can be told something, what it left unread.
+    async fn session() -> (Ends, tokio::task::JoinHandle<(End, bool, Vec<u8>)>) {
+        let (client, mut near_client) = duplex(SMALL_PIPE);
+        let (backend, mut near_backend) = duplex(SMALL_PIPE);
+        let branch = BranchId::random();
+        let (show, active) = watch::channel(Some(branch.clone()));
+        let (running, shutdown) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let mut departure = Departure::new(branch, active, shutdown);
+            let (mut relay_client, mut relay_backend) = (&mut near_client, &mut near_backend);
+            let mut relay = Relay::new(
+                &mut relay_client,
+                &mut relay_backend,
+                greeting(),
+                &mut departure,
+                GRACE,
+                b"startup".to_vec(),
+                b"",
+            );
+            let end = relay.run().await;
+            let at_boundary = relay.client_at_boundary();
+            drop(near_backend);
+            let mut unread = Vec::new();
+            let _ =
+                tokio::time::timeout(Duration::ZERO, near_client.read_to_end(&mut unread)).await;
+            (end, at_boundary, unread)
+        });
+        let mut ends = Ends {
+            client,
+            backend,
+            show,
+            _running: running,
+        };
+        let mut startup = [0; 7];
+        ends.backend.read_exact(&mut startup).await.unwrap();
+        assert_eq!(&startup, b"startup");
+        ends.answer(&[message(b'R', &[0; 4]), message(b'Z', b"I")].concat())
+            .await;
+        (ends, task)
+    }
+
+    impl Ends {
+        /// The client sends, the backend gets it.
+        async fn ask(&mut self, bytes: &[u8]) {
+            self.client.write_all(bytes).await.unwrap();
+            let mut got = vec![0; bytes.len()];
+            self.backend.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, bytes);
+        }
+
+        /// The backend sends, the client gets it.
+        async fn answer(&mut self, bytes: &[u8]) {
+            self.backend.write_all(bytes).await.unwrap();
+            let mut got = vec![0; bytes.len()];
+            self.client.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, bytes);
+        }
+
+        fn switch(&self) {
+            self.show.send_replace(Some(BranchId::random()));
+        }
+    }
+
+    #[tokio::test]
+    async fn an_idle_session_leaves_and_takes_nothing_more_from_its_client() {
+        let (mut ends, task) = session().await;
+        ends.ask(&message(b'Q', b"select 1\0")).await;
+        ends.answer(&message(b'Z', b"I")).await;
+        // The relay runs after both, on this one thread.
+        let late = message(b'Q', b"select 2\0");
+        ends.switch();
+        ends.client.write_all(&late).await.unwrap();
+        let (end, may_speak, unread) = task.await.unwrap();
+        assert!(matches!(end, End::Left(Reason::Switched)), "{end:?}");
+        assert!(may_speak);
+        assert_eq!(unread, late);
+        let mut nothing = Vec::new();
+        ends.backend.read_to_end(&mut nothing).await.unwrap();
+        assert_eq!(nothing, b"");
+    }
+
+    #[tokio::test]
+    async fn a_query_under_way_is_answered_before_the_session_leaves() {
+        let (mut ends, task) = session().await;
+        ends.ask(&message(b'Q', b"select 1\0")).await;
+        ends.switch();
+        // Not taken: the session is about to leave.
+        let late = message(b'Q', b"select 2\0");
+        ends.client.write_all(&late).await.unwrap();
+        ends.answer(&message(b'C', b"SELECT 1\0")).await;
+        ends.answer(&message(b'Z', b"I")).await;
+        let (end, _, unread) = task.await.unwrap();
+        assert!(matches!(end, End::Left(Reason::Switched)), "{end:?}");
+        assert_eq!(unread, late);
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_was_begun_before_the_switch_gets_its_data() {
+        let (mut ends, task) = session().await;
+        ends.ask(&message(b'Q', b"copy t from stdin\0")).await;
+        ends.switch();
+        ends.answer(&message(b'G', &[0; 3])).await;
+        ends.ask(&message(b'd', b"1\n")).await;
+        ends.ask(&message(b'c', b"")).await;
+        ends.answer(&message(b'Z', b"I")).await;
+        assert!(matches!(task.await.unwrap().0, End::Left(Reason::Switched)));
+    }
+
+    #[tokio::test]
+    async fn a_switch_taken_back_in_a_transaction_leaves_the_session_alone() {
+        let (mut ends, task) = session().await;
+        let here = ends.show.borrow().clone();
+        ends.ask(&message(b'Q', b"begin\0")).await;
+        ends.answer(&message(b'Z', b"T")).await;
+        ends.switch();
+        ends.ask(&message(b'Q', b"select\0")).await;
+        ends.show.send_replace(here);
+        ends.answer(&message(b'Z', b"T")).await;
+        ends.ask(&message(b'Q', b"commit\0")).await;
+        ends.answer(&message(b'Z', b"I")).await;
+        ends.ask(&message(b'Q', b"select\0")).await;
+        drop(ends.client);
+        drop(ends.backend);
+        assert!(matches!(task.await.unwrap().0, End::Client));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_its_grace_a_session_is_cut_at_the_end_of_a_message() {
+        let (mut ends, task) = session().await;
+        ends.ask(&message(b'Q', b"copy t to stdout\0")).await;
+        let row = message(b'd', &[b'x'; 100]);
+        ends.backend.write_all(&row[..60]).await.unwrap();
+        let mut got = vec![0; 60];
+        ends.client.read_exact(&mut got).await.unwrap();
+        let before = tokio::time::Instant::now();
+        ends.switch();
+        tokio::time::sleep(GRACE + Duration::from_millis(1)).await;
+        assert!(!task.is_finished());
+        ends.backend
+            .write_all(&[&row[60..], &row].concat())
+            .await
+            .unwrap();
+        let (end, may_speak, _) = task.await.unwrap();
+        assert!(matches!(end, End::Cut(Reason::Switched)), "{end:?}");
+        assert!(may_speak);
+        assert!(before.elapsed() < GRACE + LAST_MESSAGE);
+        got.clear();
+        ends.client.read_to_end(&mut got).await.unwrap();
+        assert_eq!(got, row[60..]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_never_ends_is_cut_too() {
+        let (mut ends, task) = session().await;
+        ends.ask(&message(b'Q', b"copy t to stdout\0")).await;
+        ends.backend
+            .write_all(&message(b'd', &[b'x'; 100])[..60])
+            .await
+            .unwrap();
+        ends.switch();
+        let (end, may_speak, _) = task.await.unwrap();
+        assert!(matches!(end, End::Cut(Reason::Switched)), "{end:?}");
+        assert!(!may_speak);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_can_still_be_read_from() {
+        let (mut ends, task) = session().await;
+        // More than all buffers on the way hold, and nobody reads it.
+        let flood = message(b'N', &vec![b'n'; 4 * BUFFER_BYTES]);
+        let (mut from_backend, mut to_backend) = tokio::io::split(ends.backend);
+        let noise = tokio::spawn(async move { to_backend.write_all(&flood).await });
+        let data = message(b'd', &vec![b'd'; 4 * BUFFER_BYTES]);
+        let mut got = vec![0; data.len()];
+        let (sent, read) = tokio::join!(
+            ends.client.write_all(&data),
+            from_backend.read_exact(&mut got)
+        );
+        sent.unwrap();
+        read.unwrap();
+        assert_eq!(got, data);
+        assert!(!noise.is_finished());
+        drop(ends.client);
+        assert!(matches!(task.await.unwrap().0, End::Client));
+        noise.abort();
+    }
+
+    #[tokio::test]
+    async fn a_backend_that_does_not_read_can_still_be_read_from() {
+        let (mut ends, task) = session().await;
+        let data = message(b'd', &vec![b'd'; 4 * BUFFER_BYTES]);
+        let (mut from_proxy, mut to_proxy) = tokio::io::split(ends.client);
+        let upload = tokio::spawn(async move { to_proxy.write_all(&data).await });
+        let flood = message(b'N', &vec![b'n'; 4 * BUFFER_BYTES]);
+        let mut got = vec![0; flood.len()];
+        let (sent, read) = tokio::join!(
+            ends.backend.write_all(&flood),
+            from_proxy.read_exact(&mut got)
+        );
+        sent.unwrap();
+        read.unwrap();
+        assert_eq!(got, flood);
+        assert!(!upload.is_finished());
+        drop(ends.backend);
+        assert!(matches!(task.await.unwrap().0, End::Backend(_)));
+        upload.abort();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_closes_its_half_still_gets_its_answer() {
+        let (mut ends, task) = session().await;
+        ends.ask(&message(b'Q', b"select 1\0")).await;
+        ends.client.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        ends.backend.read_to_end(&mut rest).await.unwrap();
+        assert!(rest.is_empty());
+        ends.answer(&message(b'Z', b"I")).await;
+        drop(ends.backend);
+        assert!(matches!(task.await.unwrap().0, End::Client));
+    }
+
+    #[tokio::test]
+    async fn a_backend_that_closes_ends_the_session_after_its_last_bytes() {
+        for (last, speaks) in [
+            (message(b'E', b"S\0\0"), true),
+            (message(b'D', b"cut off")[..7].to_vec(), false),
+        ] {
+            let (mut ends, task) = session().await;
+            ends.ask(&message(b'Q', b"select 1\0")).await;
+            ends.backend.write_all(&last).await.unwrap();
+            drop(ends.backend);
+            let (end, may_speak, _) = task.await.unwrap();
+            assert!(matches!(end, End::Backend(None)), "{end:?}");
+            assert_eq!(may_speak, speaks);
+            let mut got = Vec::new();
+            ends.client.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, last);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_session_with_nothing_to_do_holds_no_buffer() {
+        let (mut ends, task) = session().await;
+        for _ in 0..100 {
+            ends.ask(&message(b'Q', b"select 1\0")).await;
+            ends.answer(&message(b'Z', b"I")).await;
+        }
+        SPARE.with_borrow(|spare| assert!(!spare.is_empty() && spare.len() <= SPARE_BUFFERS));
+        assert!(size_of::<Relay<'_, DuplexStream, DuplexStream>>() < 512);
+        drop(ends);
+        task.await.unwrap();
+    }
+}
