@@ -8,7 +8,7 @@
 //! ```
 //!
 //! What is durable of this lies in the registry; whether an instance runs is
-//! observed and kept in a [`Slot`](instances::Slot) per branch, whose lock admits one
+//! observed and kept in a `instances::Slot` per branch, whose lock admits one
 //! operation at a time. A child's slot is locked before its parent's, so locks
 //! can't form a circle. The engine knows storage and runtime through their
 //! contracts only, and nothing of HTTP, terminals or the wire protocol.

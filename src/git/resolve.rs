@@ -24,7 +24,7 @@ const ALTERNATES_DEPTH: usize = 5;
 ///
 /// Nearest is the one that lacks the fewest of the branch's commits; then the one
 /// with the fewest commits of its own; then the default branch; then the first by
-/// name. After [`WALK_LIMIT`] commits the best found by then is taken.
+/// name. After `WALK_LIMIT` commits the best found by then is taken.
 pub fn nearest(
     location: &Location,
     branch: &BranchName,
