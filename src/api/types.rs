@@ -100,6 +100,38 @@ pub enum Request {
     Doctor { at: Option<At> },
 }
 
+impl Request {
+    /// Whether asking twice does no more than asking once, so that a request that met a dying
+    /// daemon may be put to the next one.
+    pub fn is_repeatable(&self) -> bool {
+        match self {
+            Self::Ping
+            | Self::Register { .. }
+            | Self::Projects
+            | Self::List { .. }
+            | Self::Show { .. }
+            | Self::Status { .. }
+            | Self::Usage { .. }
+            | Self::Stop { .. }
+            | Self::Resume { .. }
+            | Self::Sync { .. }
+            | Self::Url { .. }
+            | Self::Logs { .. }
+            | Self::Allow { .. }
+            | Self::Hook { .. }
+            | Self::Doctor { .. } => true,
+            // The second `-` would go back.
+            Self::Use { to, .. } => *to != UseTarget::Previous,
+            Self::Shutdown { .. }
+            | Self::InitPostgres { .. }
+            | Self::Create { .. }
+            | Self::Delete { .. }
+            | Self::Undelete { .. }
+            | Self::DeleteProject { .. } => false,
+        }
+    }
+}
+
 /// What `use` turns to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

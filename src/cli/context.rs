@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::report::{ExitStatus, Report};
 use super::ui::Ui;
-use crate::api::client::{self, Client};
+use crate::api::client::{self, CallError, Client};
 use crate::api::types::{At, Request};
 use crate::config::{FILE_NAME, Machine, Paths, ProjectConfig};
 use crate::git::Location;
@@ -89,7 +89,12 @@ impl Context {
             empty => empty.insert(connect_or_start(&self.paths, START_LIMIT)?),
         };
         let mut progress = self.ui.progress();
-        let answer = client.call(request, |message| progress.show(message));
+        let mut answer = client.call(request, |message| progress.show(message));
+        if matches!(answer, Err(CallError::Broken(_))) && request.is_repeatable() {
+            // The daemon died under it: the next one takes up where it left off.
+            *client = connect_or_start(&self.paths, START_LIMIT)?;
+            answer = client.call(request, |message| progress.show(message));
+        }
         drop(progress);
         if let Some(version) = client.daemon_version().filter(|v| *v != VERSION) {
             self.ui.warn(format_args!(

@@ -107,10 +107,21 @@ fn location() -> Option<Location> {
 fn report(location: &Location) -> Result<Option<String>, Report> {
     let limit = limit();
     let until = Instant::now() + limit;
-    let mut client = context::connect_or_start(&Paths::resolve()?, limit)?;
-    let left = until.saturating_duration_since(Instant::now());
-    let at = context::at(location);
-    match client.call_within(left, &Request::Hook { at }, drop) {
+    let paths = Paths::resolve()?;
+    let request = Request::Hook {
+        at: context::at(location),
+    };
+    let ask = || -> Result<_, Report> {
+        let mut client = context::connect_or_start(&paths, limit)?;
+        let left = until.saturating_duration_since(Instant::now());
+        Ok(client.call_within(left, &request, drop))
+    };
+    let answer = match ask()? {
+        // The daemon died under it: the next one takes up where it left off.
+        Err(CallError::Broken(_)) => ask()?,
+        answer => answer,
+    };
+    match answer {
         Ok(answer) => Ok(line(&client::decode(answer)?)),
         Err(CallError::Timeout(_)) => Ok(Some(format!(
             "not done after {limit:?}; it goes on in the background, see `dbranch status`"
