@@ -27,12 +27,13 @@ pub enum InstanceState {
     /// It ended by itself, or could not be started.
     Failed {
         reason: String,
+        /// Its last start: the next is not tried right after it.
         since: Instant,
     },
 }
 
-/// The live side of one branch.
-#[derive(Debug)]
+/// The live side of one branch. Cheap to clone.
+#[derive(Debug, Clone)]
 pub(super) struct Slot {
     /// Admits one operation at a time: a start, a stop, a clone, a deletion.
     live: Arc<Mutex<Live>>,
@@ -54,6 +55,10 @@ impl Live {
         self.admin
             .take()
             .ok_or_else(|| EngineError::bug("the administrator is not logged in"))
+    }
+
+    pub(super) fn forget_admin(&mut self) {
+        self.admin = None;
     }
 
     pub(super) fn give_admin(&mut self, admin: Admin) {
@@ -136,12 +141,18 @@ impl Engine {
     /// The address of a branch's instance, which is started first when it does not run.
     pub async fn wake(&self, id: &BranchId) -> Result<BackendAddress> {
         let slot = self.slot(id);
-        if let Some(address) = slot.address() {
+        if let Some(address) = slot.address().filter(is_there) {
             return Ok(address);
         }
         let (engine, id) = (self.clone(), id.clone());
         self.detached(async move {
             let mut live = slot.turn().await;
+            if slot.address().is_some_and(|address| !is_there(&address)) {
+                warn!(branch = %id, "its instance has lost its socket: starting it again");
+                engine
+                    .stop_in_turn(&slot, &mut live, StopMode::Fast)
+                    .await?;
+            }
             engine.start_in_turn(&slot, &mut live, &id).await
         })
         .await
@@ -190,6 +201,9 @@ impl Engine {
             && since.elapsed() < RETRY_AFTER
         {
             return Err(EngineError::refused(reason));
+        }
+        if self.is_closing() {
+            return Err(EngineError::refused("dbranch is shutting down").hint("dbranch start"));
         }
         let branch = self
             .0
@@ -262,14 +276,15 @@ impl Engine {
         live.admin = None;
         slot.state
             .send_replace(InstanceState::Running(address.clone()));
-        self.watch_exit(branch, &instance);
+        Self::watch_exit(slot, branch, &instance);
         Ok(address)
     }
 
     /// Notices when an instance ends by itself.
-    fn watch_exit(&self, branch: &BranchRecord, instance: &Instance) {
-        let (engine, branch, handle, mut exit) = (
-            self.clone(),
+    fn watch_exit(slot: &Slot, branch: &BranchRecord, instance: &Instance) {
+        let begun = Instant::now();
+        let (slot, branch, handle, mut exit) = (
+            slot.clone(),
             branch.clone(),
             instance.handle.clone(),
             instance.exit.clone(),
@@ -278,7 +293,6 @@ impl Engine {
             let Ok(reason) = exit.wait_for(Option::is_some).await.map(|e| e.clone()) else {
                 return;
             };
-            let slot = engine.slot(&branch.id);
             let mut live = slot.turn().await;
             // Whoever stopped it on purpose took it out already.
             if !live
@@ -302,9 +316,10 @@ impl Engine {
                     .unwrap_or_default()
             );
             warn!("{reason}");
+            // One that ran for a while may be started again at once.
             slot.state.send_replace(InstanceState::Failed {
                 reason,
-                since: Instant::now(),
+                since: begun,
             });
         });
     }
@@ -363,7 +378,7 @@ impl Engine {
         slot.state
             .send_replace(InstanceState::Running(instance.address.clone()));
         live.instance = Some((runtime, spec, instance.clone()));
-        self.watch_exit(branch, &instance);
+        Self::watch_exit(&slot, branch, &instance);
         info!(branch = %branch.name, "found its instance running");
         Ok(true)
     }
@@ -487,6 +502,12 @@ impl Engine {
         let volume = self.driver(branch).await?.volume_path(&branch.volume);
         super::blocking(move || Ok(postgres::refuse_external(&data_dir(&volume))?)).await
     }
+}
+
+/// Whether an instance can be reached at all: folders for what runs are swept away now and then, as
+/// at a logout. A server never makes its socket again.
+fn is_there(address: &BackendAddress) -> bool {
+    address.socket_path().is_none_or(|path| path.exists())
 }
 
 /// The line of a server's log that tells why it ended.
