@@ -34,11 +34,14 @@ impl Args {
 
 /// Starts the daemon in the background.
 pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
-    let (client, word) = match Client::connect(&cx.paths)? {
-        Some(client) => (client, "already runs"),
-        None => (context::start(&cx.paths, context::START_LIMIT)?, "started"),
+    let (info, word) = match Client::connect(&cx.paths)?.map(ping) {
+        Some(Ok(info)) => (info, "already runs"),
+        // One that ends just now is none.
+        Some(Err(_)) | None => (
+            ping(context::start(&cx.paths, context::START_LIMIT)?)?,
+            "started",
+        ),
     };
-    let info = ping(client)?;
     if cx.ui.json {
         cx.ui.answer_json(&info)?;
     } else {
