@@ -386,8 +386,8 @@ impl Engine {
             && let Ok(Some(found)) = self.0.registry.branch_named(&project.id, name)
             && found.stage == Stage::Creating
         {
-            return EngineError::refused(format!("branch `{name}` is half made"))
-                .hint("if nobody is making it right now, dbranch sync takes it back");
+            return EngineError::refused(format!("branch `{name}` is being made"))
+                .hint("dbranch list; if an interrupted run left it, dbranch sync takes it back");
         }
         e.into()
     }
