@@ -14,7 +14,7 @@ const MAY_NAME: [(&str, &[&str]); 13] = [
     ("postgres", &["types", "fsx"]),
     ("registry", &["types", "fsx"]),
     ("proxy", &["types", "fsx"]),
-    ("api", &["types", "fsx"]),
+    ("api", &["types", "fsx", "config"]),
     (
         "engine",
         &[

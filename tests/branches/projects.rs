@@ -33,14 +33,18 @@ fn two_projects_of_one_name_live_side_by_side() {
 }
 
 #[test]
-fn a_proxy_port_of_another_project_is_refused_by_its_name() {
+fn a_proxy_port_of_another_project_is_said_and_another_one_taken() {
     let Some(env) = TestEnv::ready() else { return };
     let dir = env.path("second");
     env.init_repo(&dir);
     env.write_config(&dir, "rival", env.ports.first);
+    let taken = env.ports.first.to_string();
     let _ = env
         .dbranch_in(&dir, &["init", "--yes"])
-        .fails(1, &[&env.ports.first.to_string(), "shop", "proxy_port"]);
+        .ok()
+        .says(&[&taken, "`shop`"]);
+    let rival = env.dbranch_in(&dir, &["status", "--json"]).json();
+    assert_ne!(rival["proxy_port"], env.ports.first);
     assert_eq!(env.sql("select 1"), "1");
 }
 
@@ -55,13 +59,13 @@ fn two_clones_of_one_repository_have_databases_of_their_own() {
     let _ = env
         .git(&["clone", "-q", &from.display().to_string(), &to])
         .ok();
-    // The committed config names the port that the first checkout uses.
-    let taken = env.dbranch_in(&clone, &["init", "--yes"]);
-    let _ = taken.fails(1, &[&env.ports.first.to_string(), "proxy_port"]);
-    edit_config(&clone, |c| c["proxy_port"] = (env.ports.first + 1).into());
+    // The committed config names the port that the first checkout uses: the second has another.
     let _ = env.dbranch_in(&clone, &["init", "--yes"]).ok();
     let _ = env.dbranch_in(&clone, &["init-postgres"]).ok();
     let url = env.dbranch_in(&clone, &["url"]).text();
+    assert_ne!(url, env.url());
+    let shared = env.git_in(&clone, &["status", "--porcelain"]).text();
+    assert_eq!(shared, "", "the team's file is not touched");
     assert_eq!(
         env.psql(&url, "select to_regclass('t') is null").text(),
         "t"

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Server, Storage, TestEnv, need_root};
+use crate::support::{Server, Storage, TestEnv, edit_config, need_root};
 
 #[test]
 fn a_full_copy_that_does_not_fit_is_refused_before_it_begins() {
@@ -15,14 +15,21 @@ fn a_full_copy_that_does_not_fit_is_refused_before_it_begins() {
     let small = env.path("small");
     std::fs::create_dir(&small).expect("ours");
     let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=160m,mode=711", "dbranch-test"])
+        .args(["-t", "tmpfs", "-o", "size=240m,mode=711", "dbranch-test"])
         .arg(&small)
         .status();
     assert!(mounted.is_ok_and(|s| s.success()), "root can mount a tmpfs");
     env.set("DBRANCH_POOL", small.join("pool"));
-    env.set_up();
-    // Three copies would not fit, and the WAL leaves no room for a second one.
-    env.sql("create table big as select repeat(md5(i::text), 32) from generate_series(1, 40000) i");
+    env.write_config(&env.repo(), "shop", env.ports.first);
+    edit_config(&env.repo(), |c| {
+        c["postgres"]["settings"]["max_wal_size"] = "32MB".into();
+        c["postgres"]["settings"]["min_wal_size"] = "32MB".into();
+    });
+    let _ = env.dbranch(&["init", "--yes"]).ok();
+    let _ = env.dbranch(&["init-postgres"]).ok();
+    let _ = env.dbranch(&["install-hooks"]).ok();
+    // Some 90 MB beside a cluster of 30 MB and its log: a second one does not fit.
+    env.sql("create table big as select md5(i::text) from generate_series(1, 1400000) i");
     let checkout = env.git(&["checkout", "-q", "-b", "too-big"]);
     assert_eq!(checkout.code, Some(0), "git is never broken: {checkout}");
     let checkout = checkout.says(&["room"]);
@@ -38,7 +45,7 @@ fn a_full_copy_that_does_not_fit_is_refused_before_it_begins() {
         .collect();
     assert_eq!(volumes.len(), 1, "nothing half made: {volumes:?}");
     // main is what the endpoint still shows, and it lives.
-    assert_eq!(env.sql("select count(*) from big"), "40000");
+    assert_eq!(env.sql("select count(*) from big"), "1400000");
     let _ = env.dbranch(&["shutdown", "--stop-branches"]).ok();
     let unmounted = Command::new("umount").arg(&small).status();
     assert!(

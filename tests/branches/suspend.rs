@@ -76,7 +76,7 @@ fn use_turns_the_endpoint_and_dash_turns_it_back() {
 #[test]
 fn the_first_use_of_dash_says_that_there_is_no_previous_branch() {
     let Some(env) = TestEnv::ready() else { return };
-    let _ = env.dbranch(&["use", "-"]).fails(1, &["previous"]);
+    let _ = env.dbranch(&["use", "-"]).fails(1, &["before"]);
 }
 
 #[test]

@@ -150,7 +150,7 @@ fn commands_of_a_config_run_only_once_they_are_allowed() {
     });
     let _ = env.git(&["checkout", "-q", "-b", "unasked"]).ok();
     assert!(!mark.exists(), "nobody has allowed it");
-    let _ = env.dbranch(&["allow"]).ok();
+    let _ = env.dbranch(&["allow", "--yes"]).ok();
     let _ = env.git(&["checkout", "-q", "-b", "asked"]).ok();
     crate::support::wait_until(crate::support::LIMIT, "the command has run", || {
         mark.exists()

@@ -92,6 +92,26 @@ fn completions_are_scripts_the_shells_accept() {
 }
 
 #[test]
+fn bash_completes_commands_and_branches() {
+    let Some(env) = TestEnv::ready() else { return };
+    let _ = env.dbranch(&["create", "feature/login"]).ok();
+    let complete = |words: &str| {
+        let script = format!(
+            "source <(dbranch completions bash); COMP_WORDS=({words}); \
+             COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_TYPE=9; \
+             call=$(complete -p dbranch | sed -E 's/.*-F ([^ ]+).*/\\1/'); \
+             $call dbranch \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; \
+             printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        );
+        let mut bash = env.command("bash", &env.repo());
+        bash.args(["-c", &script]);
+        crate::support::process::run(bash, crate::support::LIMIT).text()
+    };
+    assert!(complete("dbranch init-p").contains("init-postgres"));
+    assert!(complete("dbranch use feat").contains("feature/login"));
+}
+
+#[test]
 fn a_reader_that_leaves_early_is_no_error() {
     let env = TestEnv::bare();
     let piped = env.run(

@@ -118,6 +118,11 @@ impl TestEnv {
         self.base.join(sub)
     }
 
+    /// The folder that holds all of them.
+    pub(crate) fn base(&self) -> &Path {
+        &self.base
+    }
+
     pub(crate) fn repo(&self) -> PathBuf {
         self.path("repo")
     }
@@ -451,7 +456,13 @@ impl Drop for TestEnv {
             let mut shutdown = self.command("dbranch", &self.base);
             shutdown.args(["shutdown", "--stop-branches"]);
             let out = process::run(shutdown, COMMAND_LIMIT);
-            let left = self.leftovers();
+            let deadline = std::time::Instant::now() + Duration::from_secs(5);
+            let mut left = self.leftovers();
+            // The servers are gone by now; the daemon itself may be in its last breath.
+            while self.servers() == 0 && !left.is_empty() && std::time::Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+                left = self.leftovers();
+            }
             if out.code != Some(0) || !left.is_empty() {
                 self.show_logs();
                 self.remove_by_force();

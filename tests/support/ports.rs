@@ -13,8 +13,9 @@ pub(crate) struct Ports {
 impl Ports {
     pub(crate) const COUNT: u16 = 40;
 
-    /// Below the range from which systems take the ports of outgoing connections.
-    const RANGE: std::ops::Range<u16> = 12_000..32_000;
+    /// Above dbranch's own defaults, and below the range from which systems take the ports
+    /// of outgoing connections.
+    const RANGE: std::ops::Range<u16> = 16_000..32_000;
 
     pub(crate) fn claim() -> Self {
         static NEXT: AtomicU16 = AtomicU16::new(0);

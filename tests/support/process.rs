@@ -81,7 +81,13 @@ impl fmt::Display for Output {
 /// started that holds its output open, is not done within `limit`.
 #[track_caller]
 pub(crate) fn run(mut command: Command, limit: Duration) -> Output {
-    let shown = format!("{command:?}");
+    // Without the environment, which is the same for all and long.
+    let program = command.get_program().to_string_lossy();
+    let args = command.get_args().map(|arg| format!("{arg:?}"));
+    let shown = std::iter::once(program.into_owned())
+        .chain(args)
+        .collect::<Vec<_>>()
+        .join(" ");
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -54,7 +54,7 @@ impl Session {
         self.asked += 1;
         let input = self.input.as_mut().expect("taken only by drop");
         // A psql that is gone is found when its answer is read.
-        let _ = writeln!(input, "{sql}\n\\echo done-{}", self.asked);
+        let _ = writeln!(input, "{sql};\n\\echo done-{}", self.asked);
     }
 
     /// Waits for the answer to what was sent last.
