@@ -83,7 +83,7 @@ impl fmt::Display for Output {
 pub(crate) fn run(mut command: Command, limit: Duration) -> Output {
     // Without the environment, which is the same for all and long.
     let program = command.get_program().to_string_lossy();
-    let args = command.get_args().map(|arg| format!("{arg:?}"));
+    let args = command.get_args().map(|arg| format!("'{}'", arg.display()));
     let shown = std::iter::once(program.into_owned())
         .chain(args)
         .collect::<Vec<_>>()
