@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Server, Storage, TestEnv, edit_config, need_root};
+use crate::support::{LIMIT, Server, Storage, TestEnv, edit_config, need_root, wait_until};
 
 #[test]
 fn a_full_copy_that_does_not_fit_is_refused_before_it_begins() {
@@ -47,9 +47,8 @@ fn a_full_copy_that_does_not_fit_is_refused_before_it_begins() {
     // main is what the endpoint still shows, and it lives.
     assert_eq!(env.sql("select count(*) from big"), "1400000");
     let _ = env.dbranch(&["shutdown", "--stop-branches"]).ok();
-    let unmounted = Command::new("umount").arg(&small).status();
-    assert!(
-        unmounted.is_ok_and(|s| s.success()),
-        "nobody uses the pool any more"
-    );
+    wait_until(LIMIT, "nobody uses the pool any more", || {
+        let unmounted = Command::new("umount").arg(&small).output();
+        unmounted.is_ok_and(|out| out.status.success())
+    });
 }
