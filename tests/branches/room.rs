@@ -38,10 +38,12 @@ fn a_full_copy_that_does_not_fit_is_refused_before_it_begins() {
         .dbranch(&["create", "by-hand", "--from", "main"])
         .fails(1, &["room"]);
     assert_eq!(env.branches(), ["main"]);
-    let volumes = std::fs::read_dir(small.join("pool")).expect("the pool is there");
-    let volumes: Vec<_> = volumes
+    // Paths, not entries: an entry keeps its folder open, and with it the mount.
+    let volumes: Vec<_> = std::fs::read_dir(small.join("pool"))
+        .expect("the pool is there")
         .flatten()
-        .filter(|e| e.path().join("data").exists())
+        .map(|e| e.path())
+        .filter(|volume| volume.join("data").exists())
         .collect();
     assert_eq!(volumes.len(), 1, "nothing half made: {volumes:?}");
     // main is what the endpoint still shows, and it lives.
