@@ -1,5 +1,6 @@
 //! Instances: started on demand, watched, stopped.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,8 +16,6 @@ use crate::types::{BackendAddress, BranchId, BranchName};
 
 /// How long a start may take. Recovery after a crash replays up to `max_wal_size` of log.
 const START_LIMIT: Duration = Duration::from_secs(300);
-/// A start that failed is not tried again sooner, so that a pool that reconnects in a loop can't spin.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What is known of a branch's instance.
 #[derive(Debug, Clone)]
@@ -26,7 +25,7 @@ pub enum InstanceState {
     Running(BackendAddress),
     /// It ended by itself, or could not be started.
     Failed {
-        reason: String,
+        error: EngineError,
         since: Instant,
     },
 }
@@ -139,10 +138,10 @@ impl Engine {
         if let Some(address) = slot.address() {
             return Ok(address);
         }
-        let (engine, id) = (self.clone(), id.clone());
+        let (engine, id, asked) = (self.clone(), id.clone(), Instant::now());
         self.detached(async move {
             let mut live = slot.turn().await;
-            engine.start_in_turn(&slot, &mut live, &id).await
+            engine.start_in_turn(&slot, &mut live, &id, asked).await
         })
         .await
     }
@@ -182,14 +181,17 @@ impl Engine {
         slot: &Slot,
         live: &mut Live,
         id: &BranchId,
+        asked: Instant,
     ) -> Result<BackendAddress> {
         if let Some(address) = slot.address() {
             return Ok(address);
         }
-        if let InstanceState::Failed { reason, since } = slot.state()
-            && since.elapsed() < RETRY_AFTER
+        // Whoever waited while a start failed shares its failure: a pool's many clients
+        // cause one attempt, not one each.
+        if let InstanceState::Failed { error, since } = slot.state()
+            && since > asked
         {
-            return Err(EngineError::refused(reason));
+            return Err(error);
         }
         let branch = self
             .0
@@ -211,11 +213,12 @@ impl Engine {
                 Ok(address)
             }
             Err(e) => {
+                let error = e.about_branch(&branch.name);
                 slot.state.send_replace(InstanceState::Failed {
-                    reason: e.message.clone(),
+                    error: error.clone(),
                     since: Instant::now(),
                 });
-                Err(e)
+                Err(error)
             }
         }
     }
@@ -230,6 +233,7 @@ impl Engine {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
+        Self::refuse_other_major(branch, &spec.data_dir)?;
         self.write_conf(&project, branch, &runtime).await?;
         let instance = runtime.start(&spec).await?;
         let mut exit = instance.exit.clone();
@@ -264,6 +268,21 @@ impl Engine {
             .send_replace(InstanceState::Running(address.clone()));
         self.watch_exit(branch, &instance);
         Ok(address)
+    }
+
+    fn refuse_other_major(branch: &BranchRecord, data_dir: &Path) -> Result<()> {
+        let (found, ours) = (postgres::major(data_dir)?, branch.server.major);
+        if found == ours {
+            return Ok(());
+        }
+        Err(EngineError::refused(format!(
+            "the data of branch `{}` is PostgreSQL {found}'s, and its server is {ours}",
+            branch.name
+        ))
+        .hint(format!(
+            "see what became of it: dbranch show {}",
+            branch.name
+        )))
     }
 
     /// Notices when an instance ends by itself.
@@ -303,7 +322,7 @@ impl Engine {
             );
             warn!("{reason}");
             slot.state.send_replace(InstanceState::Failed {
-                reason,
+                error: EngineError::refused(reason).about_branch(&branch.name),
                 since: Instant::now(),
             });
         });
