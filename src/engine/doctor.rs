@@ -86,6 +86,13 @@ impl Engine {
             "project",
             format!("`{}`, port {}", project.name, project.proxy_port),
         ));
+        if let Err(e) = self.listen(&project).await {
+            checks.push(Check::problem(
+                "port",
+                e.message,
+                e.hint.unwrap_or_default(),
+            ));
+        }
         checks.extend(self.check_branches(&project).await?);
         if !Self::are_allowed(&project) {
             checks.push(Check::warning(

@@ -104,9 +104,15 @@ impl From<RegistryError> for EngineError {
         let hint = match &e {
             RegistryError::NameTaken(name) => Some(format!("dbranch use {name}")),
             RegistryError::NoPort { .. } => Some(
-                "widen port_min and port_max in .dbranch.config.json, or delete branches".into(),
+                "widen port_min and port_max in .dbranch.config.json, or destroy branches (those in the trash \
+                 keep their ports): dbranch delete --now NAME"
+                    .into(),
             ),
             RegistryError::Newer { .. } => Some("use the newer dbranch".into()),
+            RegistryError::ProjectGone => Some("dbranch init".into()),
+            RegistryError::Sqlite(_) if e.is_out_of_room() => {
+                Some("free some room where dbranch keeps its state; `dbranch doctor` names the folder".into())
+            }
             RegistryError::Sqlite(_) | RegistryError::Open { .. } => None,
         };
         Self {

@@ -30,8 +30,8 @@ pub enum InstanceState {
     },
 }
 
-/// The live side of one branch.
-#[derive(Debug)]
+/// The live side of one branch. Cheap to clone.
+#[derive(Debug, Clone)]
 pub(super) struct Slot {
     /// Admits one operation at a time: a start, a stop, a clone, a deletion.
     live: Arc<Mutex<Live>>,
@@ -53,6 +53,10 @@ impl Live {
         self.admin
             .take()
             .ok_or_else(|| EngineError::bug("the administrator is not logged in"))
+    }
+
+    pub(super) fn forget_admin(&mut self) {
+        self.admin = None;
     }
 
     pub(super) fn give_admin(&mut self, admin: Admin) {
@@ -135,12 +139,18 @@ impl Engine {
     /// The address of a branch's instance, which is started first when it does not run.
     pub async fn wake(&self, id: &BranchId) -> Result<BackendAddress> {
         let slot = self.slot(id);
-        if let Some(address) = slot.address() {
+        if let Some(address) = slot.address().filter(is_there) {
             return Ok(address);
         }
         let (engine, id, asked) = (self.clone(), id.clone(), Instant::now());
         self.detached(async move {
             let mut live = slot.turn().await;
+            if slot.address().is_some_and(|address| !is_there(&address)) {
+                warn!(branch = %id, "its instance has lost its socket: starting it again");
+                engine
+                    .stop_in_turn(&slot, &mut live, StopMode::Fast)
+                    .await?;
+            }
             engine.start_in_turn(&slot, &mut live, &id, asked).await
         })
         .await
@@ -192,6 +202,9 @@ impl Engine {
             && since > asked
         {
             return Err(error);
+        }
+        if self.is_closing() {
+            return Err(EngineError::refused("dbranch is shutting down").hint("dbranch start"));
         }
         let branch = self
             .0
@@ -266,7 +279,7 @@ impl Engine {
         live.admin = None;
         slot.state
             .send_replace(InstanceState::Running(address.clone()));
-        self.watch_exit(branch, &instance);
+        Self::watch_exit(slot, branch, &instance);
         Ok(address)
     }
 
@@ -286,9 +299,9 @@ impl Engine {
     }
 
     /// Notices when an instance ends by itself.
-    fn watch_exit(&self, branch: &BranchRecord, instance: &Instance) {
-        let (engine, branch, handle, mut exit) = (
-            self.clone(),
+    fn watch_exit(slot: &Slot, branch: &BranchRecord, instance: &Instance) {
+        let (slot, branch, handle, mut exit) = (
+            slot.clone(),
             branch.clone(),
             instance.handle.clone(),
             instance.exit.clone(),
@@ -297,7 +310,6 @@ impl Engine {
             let Ok(reason) = exit.wait_for(Option::is_some).await.map(|e| e.clone()) else {
                 return;
             };
-            let slot = engine.slot(&branch.id);
             let mut live = slot.turn().await;
             // Whoever stopped it on purpose took it out already.
             if !live
@@ -382,7 +394,7 @@ impl Engine {
         slot.state
             .send_replace(InstanceState::Running(instance.address.clone()));
         live.instance = Some((runtime, spec, instance.clone()));
-        self.watch_exit(branch, &instance);
+        Self::watch_exit(&slot, branch, &instance);
         info!(branch = %branch.name, "found its instance running");
         Ok(true)
     }
@@ -506,6 +518,12 @@ impl Engine {
         let volume = self.driver(branch).await?.volume_path(&branch.volume);
         super::blocking(move || Ok(postgres::refuse_external(&data_dir(&volume))?)).await
     }
+}
+
+/// Whether an instance can be reached at all: folders for what runs are swept away now and then, as
+/// at a logout. A server never makes its socket again.
+fn is_there(address: &BackendAddress) -> bool {
+    address.socket_path().is_none_or(|path| path.exists())
 }
 
 /// The line of a server's log that tells why it ended.
