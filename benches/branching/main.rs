@@ -103,13 +103,18 @@ async fn run() -> Result<()> {
                 root.version().await?
             );
             for state in [Parent::Idle, Parent::Written] {
-                eprintln!("{}, {size_name}, {}", runtime.name(), state.name());
+                let label = format!("{}, {size_name}, {}", runtime.name(), state.name());
+                eprintln!("{label}");
                 let all = rounds::branching(&world, &root, &floor, state, settings.rounds).await?;
-                show_branching(&all, state, settings.rounds, &mut beyond);
+                show_branching(&all, state, settings.rounds, &mut beyond, &label);
             }
             eprintln!("{}, {size_name}, switching back", runtime.name());
             let back = rounds::back(&world, &root, settings.rounds).await?;
-            show_back(&back, &mut beyond);
+            show_back(
+                &back,
+                &mut beyond,
+                &format!("{}, {size_name}", runtime.name()),
+            );
         }
     }
     println!();
@@ -117,8 +122,8 @@ async fn run() -> Result<()> {
         println!("All times are within 1.5 times the floor plus 10 ms.");
     } else {
         println!(
-            "Beyond 1.5 times the floor plus 10 ms: {}.",
-            beyond.join("; ")
+            "Beyond 1.5 times the floor plus 10 ms:\n\n- {}",
+            beyond.join("\n- ")
         );
     }
     Ok(())
@@ -129,7 +134,13 @@ fn size_mb(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn show_branching(all: &Branching, state: Parent, rounds: usize, beyond: &mut Vec<String>) {
+fn show_branching(
+    all: &Branching,
+    state: Parent,
+    rounds: usize,
+    beyond: &mut Vec<String>,
+    label: &str,
+) {
     println!(
         "\n### {} ({rounds} rounds; {:.1} MB of WAL since its checkpoint; load average {})\n",
         state.name(),
@@ -144,17 +155,22 @@ fn show_branching(all: &Branching, state: Parent, rounds: usize, beyond: &mut Ve
         ours,
         floor,
         unit: Unit::Milliseconds,
+        promised: true,
+    };
+    let beside = |what, ours, floor| Row {
+        promised: false,
+        ..time(what, ours, floor)
     };
     let mut rows = vec![
         time("(a) the hook adds; floor: ioctl", &hook_adds, &all.ioctl),
-        time(
+        beside(
             "(a) the same beyond a hook that does nothing",
             &ours_alone,
             &all.ioctl,
         ),
     ];
     if state == Parent::Written {
-        rows.push(time(
+        rows.push(beside(
             "(a) the hook adds; floor: CHECKPOINT + ioctl",
             &hook_adds,
             &all.checkpoint_and_ioctl,
@@ -165,12 +181,13 @@ fn show_branching(all: &Branching, state: Parent, rounds: usize, beyond: &mut Ve
         &all.first_ours,
         &all.first_floor,
     ));
-    show(&rows, beyond);
+    show(&rows, beyond, label);
     let bytes = |what, ours, floor| Row {
         what,
         ours,
         floor,
         unit: Unit::KiB,
+        promised: false,
     };
     if all.du_floor.is_empty() {
         println!(
@@ -211,7 +228,7 @@ fn show_branching(all: &Branching, state: Parent, rounds: usize, beyond: &mut Ve
     );
 }
 
-fn show_back(all: &Back, beyond: &mut Vec<String>) {
+fn show_back(all: &Back, beyond: &mut Vec<String>, label: &str) {
     println!(
         "\n### switching back to a running branch (load average {})\n",
         load_average()
@@ -223,8 +240,10 @@ fn show_back(all: &Back, beyond: &mut Vec<String>) {
             ours: &all.ours,
             floor: &all.floor,
             unit: Unit::Milliseconds,
+            promised: true,
         }],
         beyond,
+        label,
     );
     let after = |all: &Samples, git: &Samples| all.minus(git).shown();
     println!(
@@ -236,13 +255,13 @@ fn show_back(all: &Back, beyond: &mut Vec<String>) {
     );
 }
 
-fn show(rows: &[Row<'_>], beyond: &mut Vec<String>) {
+fn show(rows: &[Row<'_>], beyond: &mut Vec<String>, label: &str) {
     println!("{}", Row::HEAD);
     for row in rows {
         println!("{}", row.shown());
-        if !row.is_within() {
+        if row.promised && !row.is_within() {
             beyond.push(format!(
-                "{}: {:.1} against {:.1} ms",
+                "{label}: {}: {:.1} against {:.1}",
                 row.what,
                 row.ours.median(),
                 row.floor.median()

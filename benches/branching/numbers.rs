@@ -67,6 +67,8 @@ pub(crate) struct Row<'a> {
     pub(crate) ours: &'a Samples,
     pub(crate) floor: &'a Samples,
     pub(crate) unit: Unit,
+    /// Whether it is one of the promises, or beside them for what it tells.
+    pub(crate) promised: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
