@@ -4,19 +4,19 @@
 //! writer of all of them. It holds no use case of its own.
 
 mod answers;
+mod control;
 mod heads;
 mod ports;
 mod requests;
 mod tcp;
 
 use std::io::IsTerminal;
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use crate::api::serve;
@@ -24,6 +24,7 @@ use crate::config::{Machine, Paths};
 use crate::engine::Engine;
 use crate::fsx::{LockError, LockFile};
 use crate::registry::Registry;
+use control::Control;
 use ports::ProxyPorts;
 use requests::Requests;
 
@@ -31,6 +32,9 @@ use requests::Requests;
 const DRAIN_LIMIT: Duration = Duration::from_secs(20);
 /// How often the trash is looked through.
 const TRASH_ROUND: Duration = Duration::from_secs(60 * 60);
+
+/// How often the daemon looks whether its socket and its ports are still there.
+const TEND_ROUND: Duration = Duration::from_secs(5);
 
 /// How the daemon came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,13 +70,7 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
     let engine = Engine::new(paths.clone(), machine, registry, ports.clone())?;
     ports.serve_for(&engine);
 
-    let socket = paths.daemon_socket();
-    // The lock is ours, so whatever lies there is dead.
-    let _ = std::fs::remove_file(&socket);
-    let listener =
-        UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
-    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("restrict {}", socket.display()))?;
+    let listener = control::listen(paths)?;
 
     engine.recover().await?;
     let heads = heads::Heads::new(engine.clone())?;
@@ -86,14 +84,10 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
     let requests = Requests::new(engine.clone(), paths.clone(), heads.clone(), stop.clone());
     let tcp = tcp::TcpApi::new(serve::router(requests.clone()), paths, stop.child_token())?;
     tcp.listen_on(&engine.api_ports());
-    let serving = tokio::spawn({
-        let stop = stop.clone();
-        async move {
-            axum::serve(listener, serve::router(requests.with_tcp(tcp)))
-                .with_graceful_shutdown(stop.cancelled_owned())
-                .await
-        }
-    });
+    let serving = TaskTracker::new();
+    let routes = serve::router(requests.with_tcp(tcp));
+    let control = Control::serve(paths, listener, routes, &serving, &stop);
+    let tending = tokio::spawn(tend(engine.clone(), control));
     let engine_of_trash = engine.clone();
     let trash = tokio::spawn(async move {
         loop {
@@ -110,10 +104,13 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
         () = told_by_signal() => stop.cancel(),
     }
     info!("stopping; instances keep running");
+    engine.close();
+    tending.abort();
     trash.abort();
     heads.stop();
     if tokio::time::timeout(DRAIN_LIMIT, async {
-        let _ = serving.await;
+        serving.close();
+        serving.wait().await;
         ports.drain().await;
         engine.drain().await;
     })
@@ -122,9 +119,18 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
     {
         warn!("operations were still under way; the next start finishes them or takes them back");
     }
-    let _ = std::fs::remove_file(&socket);
+    let _ = std::fs::remove_file(paths.daemon_socket());
     info!("stopped");
     Ok(Ended::Stopped)
+}
+
+/// Looks after what others may take away: the socket's file, ports that were not free.
+async fn tend(engine: Engine, mut control: Control) {
+    loop {
+        tokio::time::sleep(TEND_ROUND).await;
+        control.mend();
+        engine.listen_again().await;
+    }
 }
 
 /// SIGTERM or SIGINT. A second one ends the process at once, by the default action.

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,6 +25,8 @@ pub(super) struct ProxyPorts {
     proxy: Proxy,
     engine: OnceLock<Engine>,
     open: Mutex<HashMap<EndpointKey, Open>>,
+    /// Listeners told to end, by port: each has its port a moment longer.
+    ending: Mutex<HashMap<u16, JoinHandle<()>>>,
     stop: CancellationToken,
     sessions: TaskTracker,
 }
@@ -32,6 +35,7 @@ pub(super) struct ProxyPorts {
 struct Open {
     port: u16,
     stop: CancellationToken,
+    task: JoinHandle<()>,
 }
 
 impl ProxyPorts {
@@ -40,6 +44,7 @@ impl ProxyPorts {
             proxy: Proxy::start(&ProxySettings::default())?,
             engine: OnceLock::new(),
             open: Mutex::default(),
+            ending: Mutex::default(),
             stop,
             sessions: TaskTracker::new(),
         })
@@ -56,9 +61,16 @@ impl ProxyPorts {
         self.sessions.wait().await;
     }
 
-    fn listen(&self, key: EndpointKey, port: u16) -> Result<(), String> {
+    async fn listen(&self, key: EndpointKey, port: u16) -> Result<(), String> {
+        if self.listens(&key, port) {
+            return Ok(());
+        }
+        let before_us = lock(&self.ending).remove(&port);
+        if let Some(task) = before_us {
+            let _ = task.await;
+        }
         let engine = self.engine.get().ok_or("the daemon is not up yet")?.clone();
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = lock(&self.open);
         if open.get(&key).is_some_and(|o| o.port == port) {
             return Ok(());
         }
@@ -69,15 +81,25 @@ impl ProxyPorts {
             engine,
             key: key.clone(),
         });
-        tokio::spawn(
-            self.proxy
-                .serve(listener, router, stop.clone(), self.sessions.clone()),
-        );
-        if let Some(before) = open.insert(key, Open { port, stop }) {
-            before.stop.cancel();
+        let task =
+            tokio::spawn(
+                self.proxy
+                    .serve(listener, router, stop.clone(), self.sessions.clone()),
+            );
+        if let Some(before) = open.insert(key, Open { port, stop, task }) {
+            self.end(before);
         }
         Ok(())
     }
+
+    fn end(&self, open: Open) {
+        open.stop.cancel();
+        lock(&self.ending).insert(open.port, open.task);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ports for ProxyPorts {
@@ -86,17 +108,19 @@ impl Ports for ProxyPorts {
         endpoint: EndpointKey,
         port: u16,
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + '_>> {
-        Box::pin(async move { self.listen(endpoint, port) })
+        Box::pin(self.listen(endpoint, port))
+    }
+
+    fn listens(&self, endpoint: &EndpointKey, port: u16) -> bool {
+        lock(&self.open)
+            .get(endpoint)
+            .is_some_and(|o| o.port == port)
     }
 
     fn close(&self, endpoint: &EndpointKey) {
-        if let Some(open) = self
-            .open
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(endpoint)
-        {
-            open.stop.cancel();
+        let open = lock(&self.open).remove(endpoint);
+        if let Some(open) = open {
+            self.end(open);
         }
     }
 }

@@ -72,8 +72,10 @@ impl Requests {
                 projects: engine.projects()?.len(),
             }),
             Request::Shutdown { stop_branches } => {
+                // First of all, so that no client that reconnects starts an instance again.
+                engine.close();
                 let stopped = if stop_branches {
-                    engine.stop_all().await?
+                    engine.stop_all().await
                 } else {
                     0
                 };
@@ -162,7 +164,7 @@ impl Requests {
                 let branch = engine.find(&at, &name).await?;
                 json(answers::details(engine, &at, &branch).await?)
             }
-            Request::Status { at } => json(self.status(&place(at))?),
+            Request::Status { at } => json(self.status(&place(at)).await?),
             Request::Usage { at } => json(answers::usage(engine.usage(&place(at)).await?)?),
             Request::Delete {
                 at,
@@ -209,7 +211,7 @@ impl Requests {
                 })
             }
             Request::Url { at, name } => {
-                let (credentials, branch) = engine.connect_info(&place(at), name.as_ref()).await?;
+                let (credentials, branch) = engine.reachable(&place(at), name.as_ref()).await?;
                 json(answers::url(&credentials, branch))
             }
             Request::Logs { at, name } => {
@@ -243,6 +245,8 @@ impl Requests {
 
     async fn hook(&self, at: Location, to: Reporter) -> Answer {
         let followed = self.engine.follow(&at, Urge::Word, to).await?;
+        // The repository may have been moved here.
+        self.heads.watch(&at.common_dir);
         json(HookOutcome {
             created: followed
                 .created
@@ -287,7 +291,7 @@ impl Requests {
         })
     }
 
-    fn status(&self, at: &Location) -> Result<StatusInfo, EngineError> {
+    async fn status(&self, at: &Location) -> Result<StatusInfo, EngineError> {
         let project = self.engine.project(at)?;
         let views = self.engine.list(at, false)?;
         let shown = self.engine.shown_at(&project, at)?;
@@ -311,7 +315,7 @@ impl Requests {
             sessions: views.iter().map(|v| v.sessions).sum(),
             storage: shown.as_ref().map(|b| b.driver.clone()),
             runtime: shown.map(|b| b.server.runtime),
-            notes: self.engine.notes(&project, at)?,
+            notes: self.engine.notes(&project, at).await?,
             project: project.name,
         })
     }

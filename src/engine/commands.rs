@@ -2,6 +2,7 @@
 //!
 //! They come from a repository, so they run only while the user has allowed that very content.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Stdio;
 
 use tracing::{info, warn};
@@ -11,27 +12,31 @@ use super::{Engine, EngineError, Result};
 use crate::git::Location;
 use crate::registry::{BranchRecord, ProjectRecord};
 
+/// What users are told of commands that wait.
+pub(super) const NOT_ALLOWED: &str =
+    "the config's commands are not allowed yet: review them with `dbranch allow`";
+
 impl Engine {
     /// Allows the config's commands as they are now; returns them.
     pub fn allow(&self, location: &Location) -> Result<(Vec<String>, Vec<String>)> {
-        let mut project = self.project_at(location)?;
+        let project = self.project_at(location)?;
         let config = Self::config(&project)?;
-        project.allowed_commands = Some(config.commands_digest());
-        self.0.registry.put_project(&project)?;
+        let digest = config.commands_digest();
+        self.0
+            .registry
+            .change_project(&project.id, |p| p.allowed_commands = Some(digest))?;
         Ok((config.commands.after_create, config.commands.after_switch))
     }
 
-    /// Runs what is due, in the background, in order. Adds a note where commands wait to be allowed.
+    /// Runs what is due, in the background, in order. The note says that commands wait to be allowed.
     pub(super) fn run_commands(
         &self,
         project: &ProjectRecord,
         location: &Location,
         branch: &BranchRecord,
         outcome: &Followed,
-    ) {
-        let Ok(config) = Self::config(project) else {
-            return;
-        };
+    ) -> Option<String> {
+        let config = Self::config(project).ok()?;
         let mut due = Vec::new();
         if outcome.created.is_some() {
             due.extend(config.commands.after_create.clone());
@@ -39,8 +44,11 @@ impl Engine {
         if outcome.switched.as_ref().is_some_and(|s| s.changed) {
             due.extend(config.commands.after_switch.clone());
         }
-        if due.is_empty() || !Self::are_allowed(project) {
-            return;
+        if due.is_empty() {
+            return None;
+        }
+        if !Self::are_allowed(project) {
+            return Some(NOT_ALLOWED.into());
         }
         let parent = outcome
             .created
@@ -57,6 +65,7 @@ impl Engine {
                 warn!(branch = %branch.name, "commands: {e}");
             }
         });
+        None
     }
 
     /// Whether the config's commands, as they are now, may run. True where there are none.
@@ -82,6 +91,7 @@ impl Engine {
             let file = std::fs::OpenOptions::new()
                 .create(true)
                 .append(true)
+                .mode(0o600)
                 .open(&log)
                 .map_err(|e| EngineError::io("open", &log, &e))?;
             let errors = file

@@ -1,22 +1,29 @@
 //! Making branches: the first one by initdb, every other one as a clone of its parent.
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::instances::{Live, Slot};
 use super::{
-    ADMIN, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point, data_dir,
+    ADMIN, EndpointKey, Engine, EngineError, Reporter, Result, Secret, blocking, crash_point,
+    data_dir,
 };
 use crate::config::ProjectConfig;
 use crate::git::Location;
 use crate::postgres::{self, CONTROL_FILE};
-use crate::registry::{BranchRecord, ProjectRecord, ServerRecord, Stage};
+use crate::registry::{BranchRecord, ProjectRecord, RegistryError, ServerRecord, Stage};
 use crate::runtime::{InitSpec, RuntimeKind, Server, StopMode, choose};
 use crate::storage::{Choice, CloneMethod, Consistency, Omit, StorageDriver};
 use crate::types::{BranchId, BranchName, Invalid, VolumeId};
+
+/// How long a checkpoint may keep a clone waiting that is right without it.
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(10);
+/// How long a server may take to begin or end backup mode, which writes a checkpoint.
+const BACKUP_LIMIT: Duration = Duration::from_secs(300);
 
 /// A branch that was made.
 #[derive(Debug, Clone)]
@@ -71,25 +78,35 @@ impl Engine {
         let id = BranchId::random();
         let slot = self.slot(&id);
         let mut live = slot.turn().await;
-        let branch = self.0.registry.add_branch(
-            &BranchRecord {
-                id: id.clone(),
-                project: project.id.clone(),
-                name: name.clone(),
-                parent: None,
-                stage: Stage::Creating,
-                volume: VolumeId::random(),
-                driver: driver.kind().to_string(),
-                pool: driver.pool().to_owned(),
-                server,
-                port: 0,
-                started_once: false,
-                created_at: SystemTime::now(),
-                trashed_at: None,
-            },
-            (config.port_min, config.port_max),
-            port_is_free,
-        )?;
+        let record = BranchRecord {
+            id: id.clone(),
+            project: project.id.clone(),
+            name: name.clone(),
+            parent: None,
+            stage: Stage::Creating,
+            volume: VolumeId::random(),
+            driver: driver.kind().to_string(),
+            pool: driver.pool().to_owned(),
+            server,
+            port: 0,
+            started_once: false,
+            created_at: SystemTime::now(),
+            trashed_at: None,
+        };
+        let added = {
+            let _turn = self.0.registering.lock().await;
+            self.refuse_a_second_root(&project).and_then(|()| {
+                let ports = (config.port_min, config.port_max);
+                Ok(self.0.registry.add_branch(&record, ports, port_is_free)?)
+            })
+        };
+        let branch = match added {
+            Ok(branch) => branch,
+            Err(e) => {
+                self.drop_slot(&id);
+                return Err(e);
+            }
+        };
         crash_point("init:intent");
         if let Err(e) = self.make_root(&slot, &mut live, &config, &branch).await {
             self.undo(&slot, &mut live, &branch).await;
@@ -273,12 +290,14 @@ impl Engine {
                     .ok_or_else(EngineError::no_root)?,
             },
         };
-        let created = self.create(&project, name, &parent, to).await?;
+        let created = self.create(&project, name, &parent, to.clone()).await?;
         let outcome = super::Followed {
             created: Some(created.clone()),
             ..super::Followed::default()
         };
-        self.run_commands(&project, location, &created.branch, &outcome);
+        if let Some(note) = self.run_commands(&project, location, &created.branch, &outcome) {
+            to.notice(note);
+        }
         Ok(created)
     }
 
@@ -317,7 +336,7 @@ impl Engine {
             Ok(branch) => branch,
             Err(e) => {
                 self.drop_slot(&id);
-                return Err(e.into());
+                return Err(self.explain_taken(project, e));
             }
         };
         crash_point("create:intent");
@@ -325,7 +344,7 @@ impl Engine {
             Ok(method) => method,
             Err(e) => {
                 self.undo(&slot, &mut live, &branch).await;
-                return Err(e);
+                return Err(e.while_cloning(&parent.name));
             }
         };
         crash_point("create:cloned");
@@ -338,7 +357,8 @@ impl Engine {
         let took = begun.elapsed();
         let method = cloned.to_string();
         if let CloneMethod::FullCopy { .. } = cloned
-            && let Some(advice) = self.driver(&branch).await?.advice()
+            && let Ok(driver) = self.driver(&branch).await
+            && let Some(advice) = driver.advice()
         {
             to.notice(advice);
         }
@@ -355,6 +375,18 @@ impl Engine {
             method,
             took,
         })
+    }
+
+    /// A name may be taken by what an interrupted run left, and could not be taken back yet.
+    fn explain_taken(&self, project: &ProjectRecord, e: RegistryError) -> EngineError {
+        if let RegistryError::NameTaken(name) = &e
+            && let Ok(Some(found)) = self.0.registry.branch_named(&project.id, name)
+            && found.stage == Stage::Creating
+        {
+            return EngineError::refused(format!("branch `{name}` is half made"))
+                .hint("if nobody is making it right now, dbranch sync takes it back");
+        }
+        e.into()
     }
 
     /// Clones the parent's data while the parent's slot keeps everyone else from stopping or starting it.
@@ -389,25 +421,28 @@ impl Engine {
             (true, Consistency::Atomic) => {
                 // Without it the clone is right too, only slower to start.
                 let checkpoint = async {
-                    Ok::<_, EngineError>(
-                        self.admin(&mut live, &parent)
-                            .await?
-                            .checkpoint_if_written()
-                            .await?,
-                    )
+                    let admin = self.admin(&mut live, &parent).await?;
+                    Ok::<_, EngineError>(admin.checkpoint_if_written().await?)
                 };
-                if let Err(e) = checkpoint.await {
-                    warn!(branch = %parent.name, "checkpoint before a clone: {e}");
+                let why = match tokio::time::timeout(CHECKPOINT_LIMIT, checkpoint).await {
+                    Ok(Ok(_)) => None,
+                    Ok(Err(e)) => Some(e.message),
+                    Err(_) => Some(format!("no answer within {} s", CHECKPOINT_LIMIT.as_secs())),
+                };
+                if let Some(why) = why {
+                    warn!(branch = %parent.name, "checkpoint before a clone: {why}");
+                    // Its answer may come yet, and be taken for another's.
+                    live.forget_admin();
                 }
                 clone(Omit::NOTHING).await?
             }
             (true, Consistency::NeedsBackup) => {
                 self.admin(&mut live, &parent).await?;
-                let mut backup = live.take_admin()?.start_backup().await?;
+                let mut backup = answered(&parent, live.take_admin()?.start_backup()).await?;
                 let method = clone(Omit(postgres::omit)).await?;
                 self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()])
                     .await?;
-                let label = backup.stop().await?;
+                let label = answered(&parent, backup.stop()).await?;
                 let wal = label.wal_files().collect();
                 let (data_dir, owner) =
                     (data_dir(&driver.volume_path(&child.volume)), self.give_to());
@@ -442,25 +477,44 @@ impl Engine {
         .await
     }
 
-    /// Takes back a branch that could not be finished. Runs to its end whatever fails.
-    pub(super) async fn undo(&self, slot: &Slot, live: &mut Live, branch: &BranchRecord) {
-        if let Err(e) = self.stop_in_turn(slot, live, StopMode::Immediate).await {
-            warn!(branch = %branch.name, "undo: stop: {e}");
-        }
-        if let Err(e) = self.erase(branch).await {
-            // The record stays, so the next start of the daemon tries again.
-            warn!(branch = %branch.name, "undo: {e}");
-            return;
+    /// Takes back a branch that could not be finished. False where something of it is left: its
+    /// record then stays, and the daemon's next start or `sync` tries again.
+    pub(super) async fn undo(&self, slot: &Slot, live: &mut Live, branch: &BranchRecord) -> bool {
+        let undone = match self.stop_in_turn(slot, live, StopMode::Immediate).await {
+            Ok(_) => self.erase(branch).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = undone {
+            warn!(branch = %branch.name, "take back: {e}");
+            return false;
         }
         self.drop_slot(&branch.id);
+        true
     }
 
     /// Opens the branch's own port. Without it the branch still works through the project's port.
     pub(super) async fn publish(&self, branch: &BranchRecord) {
-        let key = super::EndpointKey::Pinned(branch.id.clone());
-        if let Err(e) = self.0.ports.open(key, branch.port).await {
-            warn!(branch = %branch.name, port = branch.port, "its own port can't be used: {e}");
+        if let Err(e) = self.try_publish(branch).await {
+            debug!(branch = %branch.name, port = branch.port, "its own port can't be used: {e}");
         }
+    }
+
+    /// [`Engine::publish`] for whoever needs that port.
+    pub(super) async fn try_publish(&self, branch: &BranchRecord) -> Result<()> {
+        let key = EndpointKey::Pinned(branch.id.clone());
+        let opened = self.0.ports.open(key.clone(), branch.port).await;
+        let current = self.0.registry.branch(&branch.id)?;
+        if current.is_none_or(|b| b.stage == Stage::Deleting || b.trashed_at.is_some()) {
+            // Deleted meanwhile.
+            self.0.ports.close(&key);
+        }
+        opened.map_err(|why| {
+            let hint = format!(
+                "end that program; until then `{}` answers at the project's port while it is active",
+                branch.name
+            );
+            EngineError::refused(why).hint(hint)
+        })
     }
 
     fn first_name(location: &Location) -> Result<BranchName> {
@@ -476,6 +530,26 @@ impl Engine {
                 })
             }
         }
+    }
+}
+
+/// An answer of a parent's administrator, who is given up in the end: a server that hangs must not
+/// keep its branch for ever.
+async fn answered<T>(
+    parent: &BranchRecord,
+    asked: impl Future<Output = Result<T, postgres::AdminError>>,
+) -> Result<T> {
+    match tokio::time::timeout(BACKUP_LIMIT, asked).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(EngineError::refused(format!(
+            "the server of branch `{}` did not answer within {} s",
+            parent.name,
+            BACKUP_LIMIT.as_secs()
+        ))
+        .hint(format!(
+            "dbranch stop {0}, then try again; dbranch logs {0}",
+            parent.name
+        ))),
     }
 }
 

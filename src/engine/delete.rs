@@ -1,15 +1,17 @@
 //! Letting go of branches: into the trash, back out of it, or for good.
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::join_all;
 use tracing::{info, warn};
 
-use super::instances::InstanceState;
+use super::instances::{InstanceState, Live, Slot};
 use super::{EndpointKey, Engine, EngineError, Result, blocking, crash_point};
-use crate::git::Location;
+use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::StopMode;
-use crate::types::BranchName;
+use crate::types::{BranchName, ProjectId};
 
 /// How long the trash keeps a branch.
 pub const TRASH_KEEPS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -42,7 +44,7 @@ impl Engine {
             None => return Err(self.no_such_branch(&project, name)),
         };
         if !force {
-            self.refuse_if_used(&branch)?;
+            self.refuse_if_used(location, &branch)?;
         }
         let engine = self.clone();
         self.detached(async move {
@@ -55,10 +57,12 @@ impl Engine {
         .await
     }
 
-    fn refuse_if_used(&self, branch: &BranchRecord) -> Result<()> {
+    fn refuse_if_used(&self, location: &Location, branch: &BranchRecord) -> Result<()> {
         let sessions = self.slot(&branch.id).sessions();
         let why = if self.shown_anywhere(&branch.id) {
             "it is the active one".to_owned()
+        } else if let Some(worktree) = linked_worktree_on(location, &branch.name) {
+            format!("it is checked out in {}", worktree.display())
         } else if sessions > 0 {
             format!(
                 "it has {sessions} open {}",
@@ -80,8 +84,15 @@ impl Engine {
     async fn trash(&self, branch: &BranchRecord) -> Result<DeletedBranch> {
         let slot = self.slot(&branch.id);
         let mut live = slot.turn().await;
+        let current = self.0.registry.branch(&branch.id)?;
+        let Some(current) = current.filter(|b| b.stage == Stage::Ready) else {
+            return Err(
+                EngineError::refused(format!("branch `{}` is gone", branch.name))
+                    .hint("dbranch list"),
+            );
+        };
         crash_point("trash:intent");
-        let at = SystemTime::now();
+        let at = current.trashed_at.unwrap_or_else(SystemTime::now);
         self.0
             .registry
             .set_trashed(std::slice::from_ref(&branch.id), Some(at))?;
@@ -95,17 +106,41 @@ impl Engine {
         })
     }
 
-    /// Destroys a branch on the user's explicit word, or when the trash has kept it long enough.
+    /// Destroys a branch on the user's explicit word.
     pub(super) async fn destroy(&self, branch: &BranchRecord) -> Result<DeletedBranch> {
         let slot = self.slot(&branch.id);
         let mut live = slot.turn().await;
+        self.destroy_in_turn(&slot, &mut live, branch).await
+    }
+
+    /// Destroys a branch that the trash has kept long enough, unless it was taken out meanwhile.
+    async fn destroy_if_old(&self, branch: &BranchRecord) -> Result<()> {
+        let slot = self.slot(&branch.id);
+        let mut live = slot.turn().await;
+        if self
+            .0
+            .registry
+            .branch(&branch.id)?
+            .is_some_and(|b| is_old(&b))
+        {
+            self.destroy_in_turn(&slot, &mut live, branch).await?;
+        }
+        Ok(())
+    }
+
+    async fn destroy_in_turn(
+        &self,
+        slot: &Slot,
+        live: &mut Live,
+        branch: &BranchRecord,
+    ) -> Result<DeletedBranch> {
+        // What can't be reached now is refused before anything changes.
+        self.driver(branch).await?;
         self.0.registry.set_stage(&branch.id, Stage::Deleting)?;
         crash_point("delete:intent");
         self.withdraw(branch);
-        self.stop_in_turn(&slot, &mut live, StopMode::Immediate)
-            .await?;
+        self.stop_in_turn(slot, live, StopMode::Immediate).await?;
         self.erase(branch).await?;
-        drop(live);
         self.drop_slot(&branch.id);
         info!(branch = %branch.name, "destroyed");
         Ok(DeletedBranch {
@@ -133,7 +168,12 @@ impl Engine {
         {
             warn!("remove {}: {e}", socket_dir.display());
         }
-        let _ = std::fs::remove_file(self.0.paths.instance_log(&branch.id));
+        for log in [
+            self.0.paths.instance_log(&branch.id),
+            self.0.paths.commands_log(&branch.id),
+        ] {
+            let _ = std::fs::remove_file(log);
+        }
         self.0.registry.remove_branch(&branch.id)?;
         Ok(())
     }
@@ -157,10 +197,18 @@ impl Engine {
         rename_to: Option<&BranchName>,
     ) -> Result<BranchRecord> {
         let project = self.project_at(location)?;
-        let branch = self.trashed(&project, name)?.ok_or_else(|| {
+        let none = || {
             EngineError::refused(format!("no branch `{name}` lies in the trash"))
                 .hint("dbranch list --trash")
-        })?;
+        };
+        let branch = self.trashed(&project, name)?.ok_or_else(none)?;
+        let slot = self.slot(&branch.id);
+        // It may be destroyed just now.
+        let _live = slot.turn().await;
+        let still = self.0.registry.branch(&branch.id)?;
+        if !still.is_some_and(|b| b.stage == Stage::Ready && b.trashed_at.is_some()) {
+            return Err(none());
+        }
         let name = rename_to.unwrap_or(&branch.name);
         if self.0.registry.branch_named(&project.id, name)?.is_some() {
             return Err(
@@ -168,12 +216,7 @@ impl Engine {
                     .hint(format!("dbranch undelete {} --as OTHER-NAME", branch.id)),
             );
         }
-        if *name != branch.name {
-            self.0.registry.rename_branch(&branch.id, name)?;
-        }
-        self.0
-            .registry
-            .set_trashed(std::slice::from_ref(&branch.id), None)?;
+        self.0.registry.untrash(&branch.id, name)?;
         let branch = BranchRecord {
             name: name.clone(),
             trashed_at: None,
@@ -190,66 +233,79 @@ impl Engine {
         location: &Location,
         now: bool,
     ) -> Result<(ProjectRecord, Vec<BranchName>)> {
-        let mut project = self.project_at(location)?;
-        let mut names = Vec::new();
-        for branch in self.0.registry.branches(&project.id)? {
-            if now || branch.trashed_at.is_none() {
-                names.push(branch.name.clone());
-                let engine = self.clone();
-                self.detached(async move {
-                    if now {
-                        engine.destroy(&branch).await
-                    } else {
-                        engine.trash(&branch).await
-                    }
-                })
-                .await?;
-            }
-        }
-        self.0.ports.close(&Self::main_endpoint(&project));
-        project.deleted_at = Some(SystemTime::now());
-        self.0.registry.remove_endpoints(&project.id)?;
-        self.0.registry.put_project(&project)?;
-        self.remove_if_empty(&project)?;
-        Self::unmark(&project.common_dir);
-        info!(project = %project.name, "project deleted");
+        let project = self.project_at(location)?;
+        let (engine, gone) = (self.clone(), project.clone());
+        let names = self
+            .detached(async move { engine.delete_project_in_task(&gone, now).await })
+            .await?;
         Ok((project, names))
     }
 
-    fn remove_if_empty(&self, project: &ProjectRecord) -> Result<()> {
-        if project.deleted_at.is_some() && self.0.registry.branches(&project.id)?.is_empty() {
-            self.0.registry.remove_project(&project.id)?;
-            self.forget_secrets(&project.id);
+    async fn delete_project_in_task(
+        &self,
+        project: &ProjectRecord,
+        now: bool,
+    ) -> Result<Vec<BranchName>> {
+        // First of all, so that no branch is made behind our back.
+        self.0
+            .registry
+            .change_project(&project.id, |p| p.deleted_at = Some(SystemTime::now()))?;
+        self.0.ports.close(&Self::main_endpoint(project));
+        let mut names = Vec::new();
+        for branch in self.0.registry.branches(&project.id)? {
+            if now {
+                self.destroy(&branch).await?;
+            } else if branch.trashed_at.is_none() {
+                self.trash(&branch).await?;
+            } else {
+                continue;
+            }
+            names.push(branch.name);
+        }
+        self.0.registry.remove_endpoints(&project.id)?;
+        self.forget_endpoint(&Self::main_endpoint(project));
+        self.remove_if_empty(&project.id)?;
+        Self::unmark(&project.common_dir);
+        info!(project = %project.name, "project deleted");
+        Ok(names)
+    }
+
+    fn remove_if_empty(&self, project: &ProjectId) -> Result<()> {
+        if self.0.registry.remove_project(project)? {
+            self.forget_secrets(project);
         }
         Ok(())
     }
 
-    /// Destroys what the trash has kept long enough.
+    /// Destroys what the trash has kept long enough. Trouble with one branch keeps no other.
     pub async fn empty_trash(&self) -> Result<()> {
         for project in self.0.registry.projects()? {
             for branch in self.0.registry.branches(&project.id)? {
-                let old = branch
-                    .trashed_at
-                    .is_some_and(|at| at.elapsed().is_ok_and(|age| age > TRASH_KEEPS));
-                if old {
-                    let engine = self.clone();
-                    self.detached(async move { engine.destroy(&branch).await })
-                        .await?;
+                if !is_old(&branch) {
+                    continue;
+                }
+                let (engine, old) = (self.clone(), branch.clone());
+                let destroyed = self.detached(async move { engine.destroy_if_old(&old).await });
+                if let Err(e) = destroyed.await {
+                    warn!(branch = %branch.name, "empty the trash: {e}");
                 }
             }
-            self.remove_if_empty(&project)?;
+            self.remove_if_empty(&project.id)?;
         }
         Ok(())
     }
 
     /// Stops all instances; the number that ran.
-    pub async fn stop_all(&self) -> Result<usize> {
-        let mut stopped = 0;
+    pub async fn stop_all(&self) -> usize {
         let ids: Vec<_> = super::lock(&self.0.slots).keys().cloned().collect();
-        for id in ids {
-            stopped += usize::from(self.stop(&id).await?);
-        }
-        Ok(stopped)
+        let stopped = ids.iter().map(|id| async move {
+            self.stop(id).await.unwrap_or_else(|e| {
+                warn!(branch = %id, "stop: {e}");
+                false
+            })
+        });
+        let stopped = join_all(stopped).await;
+        stopped.into_iter().filter(|ran| *ran).count()
     }
 
     /// How many instances run.
@@ -259,4 +315,21 @@ impl Engine {
             .filter(|s| matches!(s.state(), InstanceState::Running(_)))
             .count()
     }
+}
+
+/// Whether the trash has kept a branch long enough. A clock that goes backwards makes nothing old.
+fn is_old(branch: &BranchRecord) -> bool {
+    branch
+        .trashed_at
+        .is_some_and(|at| at.elapsed().is_ok_and(|age| age > TRASH_KEEPS))
+}
+
+/// The linked worktree that has a branch checked out. Its connections reach that branch.
+fn linked_worktree_on(location: &Location, name: &BranchName) -> Option<PathBuf> {
+    let worktrees = git::worktrees(&location.common_dir).ok()?;
+    worktrees
+        .into_iter()
+        .filter(Location::is_linked_worktree)
+        .find(|w| git::head(&w.git_dir).ok() == Some(Head::Branch(name.clone())))?
+        .worktree
 }

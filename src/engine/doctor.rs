@@ -86,6 +86,13 @@ impl Engine {
             "project",
             format!("`{}`, port {}", project.name, project.proxy_port),
         ));
+        if let Err(e) = self.listen(&project).await {
+            checks.push(Check::problem(
+                "port",
+                e.message,
+                e.hint.unwrap_or_default(),
+            ));
+        }
         checks.extend(self.check_branches(&project).await?);
         if !Self::are_allowed(&project) {
             checks.push(Check::warning(
@@ -145,10 +152,10 @@ impl Engine {
             ));
         }
         for branch in &branches {
-            if let InstanceState::Failed { reason, .. } = self.slot(&branch.id).state() {
+            if let InstanceState::Failed { error, .. } = self.slot(&branch.id).state() {
                 checks.push(Check::problem(
                     "branch",
-                    reason,
+                    error.message,
                     format!("dbranch logs {}", branch.name),
                 ));
             }

@@ -8,6 +8,7 @@ use crate::postgres::{AdminError, BadSetting, ClusterError};
 use crate::registry::RegistryError;
 use crate::runtime::RuntimeError;
 use crate::storage::StorageError;
+use crate::types::BranchName;
 
 /// What kind of failure: it decides the exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +61,25 @@ impl EngineError {
         self
     }
 
+    /// Names the branch it happened to, and where to read on, unless it does already.
+    #[must_use]
+    pub(crate) fn about_branch(mut self, name: &BranchName) -> Self {
+        if !self.message.contains(name.as_str()) {
+            self.message = format!("branch `{name}` can't be started: {}", self.message);
+        }
+        self.hint
+            .get_or_insert_with(|| format!("dbranch logs {name}"));
+        self
+    }
+
+    /// Names the parent whose clone failed, and what to look at.
+    #[must_use]
+    pub(crate) fn while_cloning(mut self, parent: &BranchName) -> Self {
+        self.message = format!("`{parent}` can't be cloned: {}", self.message);
+        self.hint.get_or_insert_with(|| "dbranch doctor".into());
+        self
+    }
+
     pub(crate) fn io(action: &str, path: &Path, e: &std::io::Error) -> Self {
         Self::refused(format!("{action} {}: {e}", path.display()))
     }
@@ -84,9 +104,15 @@ impl From<RegistryError> for EngineError {
         let hint = match &e {
             RegistryError::NameTaken(name) => Some(format!("dbranch use {name}")),
             RegistryError::NoPort { .. } => Some(
-                "widen port_min and port_max in .dbranch.config.json, or delete branches".into(),
+                "widen port_min and port_max in .dbranch.config.json, or destroy branches (those in the trash \
+                 keep their ports): dbranch delete --now NAME"
+                    .into(),
             ),
             RegistryError::Newer { .. } => Some("use the newer dbranch".into()),
+            RegistryError::ProjectGone => Some("dbranch init".into()),
+            RegistryError::Sqlite(_) if e.is_out_of_room() => {
+                Some("free some room where dbranch keeps its state; `dbranch doctor` names the folder".into())
+            }
             RegistryError::Sqlite(_) | RegistryError::Open { .. } => None,
         };
         Self {

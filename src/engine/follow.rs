@@ -98,6 +98,10 @@ impl Engine {
             .clone()
     }
 
+    pub(super) fn forget_endpoint(&self, key: &EndpointKey) {
+        lock(&self.0.endpoints).remove(key);
+    }
+
     /// Shows which branch an endpoint leads to, now and later.
     pub fn active(&self, key: &EndpointKey) -> Active {
         self.endpoint(key).active.subscribe()
@@ -138,7 +142,11 @@ impl Engine {
     ) -> Result<Followed> {
         let begun = Instant::now();
         let mut outcome = Followed::default();
-        let project = self.project_at(location)?;
+        // An app that goes on in the old branch does more harm than an old config.
+        let (project, fault) = self.project_and_fault(location)?;
+        outcome
+            .notes
+            .extend(fault.map(|e| format!("{}: the config as it was before is used", e.message)));
         let key = EndpointKey::Worktree {
             project: project.id.clone(),
             git_dir: location.git_dir.clone(),
@@ -189,7 +197,10 @@ impl Engine {
             self.remember_head(&key, record, seen)?;
             return Ok(outcome);
         }
-        let (branch, created, renamed) = self.branch_for(&project, location, &name, to).await?;
+        let (branch, created, renamed) = self
+            .branch_for(&project, location, &name, to)
+            .await
+            .map_err(|e| self.where_it_stays(record.as_ref(), e))?;
         let Some(branch) = branch else {
             outcome
                 .notes
@@ -205,7 +216,8 @@ impl Engine {
             outcome.switched =
                 Some(self.show(&key, &endpoint, &branch, Some(seen.clone()), begun)?);
         }
-        self.run_commands(&project, location, &branch, &outcome);
+        let note = self.run_commands(&project, location, &branch, &outcome);
+        outcome.notes.extend(note);
         if urge == Urge::Hint {
             *turn = Some(Unreported {
                 head: seen,
@@ -218,6 +230,17 @@ impl Engine {
             return Ok(unreported.outcome);
         }
         Ok(outcome)
+    }
+
+    /// Tells with a failure which branch the endpoint shows meanwhile: whoever writes now, writes there.
+    fn where_it_stays(&self, record: Option<&EndpointRecord>, e: EngineError) -> EngineError {
+        match self.shown(record) {
+            Ok(Some(shown)) => EngineError {
+                message: format!("{}; the database STAYS on `{}`", e.message, shown.name),
+                ..e
+            },
+            _ => e,
+        }
     }
 
     /// The branch of that name: found, renamed with git's branch, or made.
@@ -247,7 +270,9 @@ impl Engine {
             };
             return Ok((Some(branch), None, Some((old, name.clone()))));
         }
-        let Some(parent) = self.find_parent(project, location, name)? else {
+        // Reads history, which may be long.
+        let parent = tokio::task::block_in_place(|| self.find_parent(project, location, name))?;
+        let Some(parent) = parent else {
             return Ok((None, None, None));
         };
         match self
@@ -319,11 +344,12 @@ impl Engine {
         let endpoint = self.endpoint(&key);
         let _turn = endpoint.turn.lock().await;
         let switched = self.show(&key, &endpoint, &branch, None, begun)?;
-        let outcome = Followed {
+        let mut outcome = Followed {
             switched: Some(switched),
             ..Followed::default()
         };
-        self.run_commands(&project, location, &branch, &outcome);
+        let note = self.run_commands(&project, location, &branch, &outcome);
+        outcome.notes.extend(note);
         Ok(outcome)
     }
 
@@ -374,6 +400,15 @@ impl Engine {
             previous,
             head: head.or_else(|| old.and_then(|r| r.head)),
         })?;
+        // Deleted meanwhile? Then this and the deletion's own look at the endpoints leave none that shows it.
+        let current = self.0.registry.branch(&branch.id)?;
+        if current.is_none_or(|b| b.stage == Stage::Deleting || b.trashed_at.is_some()) {
+            self.hide(&branch.id);
+            return Err(
+                EngineError::refused(format!("branch `{}` has been deleted", branch.name))
+                    .hint("dbranch list"),
+            );
+        }
         self.keep_admin(branch);
         let mut previous = None;
         if let (true, Some(old)) = (changed, old_branch) {

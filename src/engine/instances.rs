@@ -1,5 +1,6 @@
 //! Instances: started on demand, watched, stopped.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,8 +16,6 @@ use crate::types::{BackendAddress, BranchId, BranchName};
 
 /// How long a start may take. Recovery after a crash replays up to `max_wal_size` of log.
 const START_LIMIT: Duration = Duration::from_secs(300);
-/// A start that failed is not tried again sooner, so that a pool that reconnects in a loop can't spin.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What is known of a branch's instance.
 #[derive(Debug, Clone)]
@@ -26,13 +25,13 @@ pub enum InstanceState {
     Running(BackendAddress),
     /// It ended by itself, or could not be started.
     Failed {
-        reason: String,
+        error: EngineError,
         since: Instant,
     },
 }
 
-/// The live side of one branch.
-#[derive(Debug)]
+/// The live side of one branch. Cheap to clone.
+#[derive(Debug, Clone)]
 pub(super) struct Slot {
     /// Admits one operation at a time: a start, a stop, a clone, a deletion.
     live: Arc<Mutex<Live>>,
@@ -54,6 +53,10 @@ impl Live {
         self.admin
             .take()
             .ok_or_else(|| EngineError::bug("the administrator is not logged in"))
+    }
+
+    pub(super) fn forget_admin(&mut self) {
+        self.admin = None;
     }
 
     pub(super) fn give_admin(&mut self, admin: Admin) {
@@ -136,13 +139,19 @@ impl Engine {
     /// The address of a branch's instance, which is started first when it does not run.
     pub async fn wake(&self, id: &BranchId) -> Result<BackendAddress> {
         let slot = self.slot(id);
-        if let Some(address) = slot.address() {
+        if let Some(address) = slot.address().filter(is_there) {
             return Ok(address);
         }
-        let (engine, id) = (self.clone(), id.clone());
+        let (engine, id, asked) = (self.clone(), id.clone(), Instant::now());
         self.detached(async move {
             let mut live = slot.turn().await;
-            engine.start_in_turn(&slot, &mut live, &id).await
+            if slot.address().is_some_and(|address| !is_there(&address)) {
+                warn!(branch = %id, "its instance has lost its socket: starting it again");
+                engine
+                    .stop_in_turn(&slot, &mut live, StopMode::Fast)
+                    .await?;
+            }
+            engine.start_in_turn(&slot, &mut live, &id, asked).await
         })
         .await
     }
@@ -182,14 +191,20 @@ impl Engine {
         slot: &Slot,
         live: &mut Live,
         id: &BranchId,
+        asked: Instant,
     ) -> Result<BackendAddress> {
         if let Some(address) = slot.address() {
             return Ok(address);
         }
-        if let InstanceState::Failed { reason, since } = slot.state()
-            && since.elapsed() < RETRY_AFTER
+        // Whoever waited while a start failed shares its failure: a pool's many clients
+        // cause one attempt, not one each.
+        if let InstanceState::Failed { error, since } = slot.state()
+            && since > asked
         {
-            return Err(EngineError::refused(reason));
+            return Err(error);
+        }
+        if self.is_closing() {
+            return Err(EngineError::refused("dbranch is shutting down").hint("dbranch start"));
         }
         let branch = self
             .0
@@ -211,11 +226,12 @@ impl Engine {
                 Ok(address)
             }
             Err(e) => {
+                let error = e.about_branch(&branch.name);
                 slot.state.send_replace(InstanceState::Failed {
-                    reason: e.message.clone(),
+                    error: error.clone(),
                     since: Instant::now(),
                 });
-                Err(e)
+                Err(error)
             }
         }
     }
@@ -230,6 +246,7 @@ impl Engine {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
+        Self::refuse_other_major(branch, &spec.data_dir)?;
         self.write_conf(&project, branch, &runtime).await?;
         let instance = runtime.start(&spec).await?;
         let mut exit = instance.exit.clone();
@@ -262,14 +279,29 @@ impl Engine {
         live.admin = None;
         slot.state
             .send_replace(InstanceState::Running(address.clone()));
-        self.watch_exit(branch, &instance);
+        Self::watch_exit(slot, branch, &instance);
         Ok(address)
     }
 
+    fn refuse_other_major(branch: &BranchRecord, data_dir: &Path) -> Result<()> {
+        let (found, ours) = (postgres::major(data_dir)?, branch.server.major);
+        if found == ours {
+            return Ok(());
+        }
+        Err(EngineError::refused(format!(
+            "the data of branch `{}` is PostgreSQL {found}'s, and its server is {ours}",
+            branch.name
+        ))
+        .hint(format!(
+            "see what became of it: dbranch show {}",
+            branch.name
+        )))
+    }
+
     /// Notices when an instance ends by itself.
-    fn watch_exit(&self, branch: &BranchRecord, instance: &Instance) {
-        let (engine, branch, handle, mut exit) = (
-            self.clone(),
+    fn watch_exit(slot: &Slot, branch: &BranchRecord, instance: &Instance) {
+        let (slot, branch, handle, mut exit) = (
+            slot.clone(),
             branch.clone(),
             instance.handle.clone(),
             instance.exit.clone(),
@@ -278,7 +310,6 @@ impl Engine {
             let Ok(reason) = exit.wait_for(Option::is_some).await.map(|e| e.clone()) else {
                 return;
             };
-            let slot = engine.slot(&branch.id);
             let mut live = slot.turn().await;
             // Whoever stopped it on purpose took it out already.
             if !live
@@ -303,7 +334,7 @@ impl Engine {
             );
             warn!("{reason}");
             slot.state.send_replace(InstanceState::Failed {
-                reason,
+                error: EngineError::refused(reason).about_branch(&branch.name),
                 since: Instant::now(),
             });
         });
@@ -363,7 +394,7 @@ impl Engine {
         slot.state
             .send_replace(InstanceState::Running(instance.address.clone()));
         live.instance = Some((runtime, spec, instance.clone()));
-        self.watch_exit(branch, &instance);
+        Self::watch_exit(&slot, branch, &instance);
         info!(branch = %branch.name, "found its instance running");
         Ok(true)
     }
@@ -487,6 +518,12 @@ impl Engine {
         let volume = self.driver(branch).await?.volume_path(&branch.volume);
         super::blocking(move || Ok(postgres::refuse_external(&data_dir(&volume))?)).await
     }
+}
+
+/// Whether an instance can be reached at all: folders for what runs are swept away now and then, as
+/// at a logout. A server never makes its socket again.
+fn is_there(address: &BackendAddress) -> bool {
+    address.socket_path().is_none_or(|path| path.exists())
 }
 
 /// The line of a server's log that tells why it ended.

@@ -29,6 +29,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OnceCell, watch};
@@ -121,6 +122,9 @@ pub trait Ports: std::fmt::Debug + Send + Sync {
         port: u16,
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + '_>>;
 
+    /// Whether it listens on that port.
+    fn listens(&self, endpoint: &EndpointKey, port: u16) -> bool;
+
     fn close(&self, endpoint: &EndpointKey);
 }
 
@@ -139,6 +143,12 @@ struct Inner {
     drivers: Mutex<HashMap<PathBuf, Vec<Arc<dyn StorageDriver>>>>,
     slots: Mutex<HashMap<BranchId, Arc<instances::Slot>>>,
     endpoints: Mutex<HashMap<EndpointKey, Arc<follow::Endpoint>>>,
+    /// Admits one registration of a project at a time.
+    registering: tokio::sync::Mutex<()>,
+    /// Admits one change of a project's place at a time.
+    moving: Mutex<()>,
+    /// Set when the daemon is about to end: nothing is started any more.
+    closing: AtomicBool,
     tasks: TaskTracker,
 }
 
@@ -160,8 +170,20 @@ impl Engine {
             drivers: Mutex::default(),
             slots: Mutex::default(),
             endpoints: Mutex::default(),
+            registering: tokio::sync::Mutex::default(),
+            moving: Mutex::default(),
+            closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))
+    }
+
+    /// From here on no instance is started.
+    pub fn close(&self) {
+        self.0.closing.store(true, Ordering::Relaxed);
+    }
+
+    fn is_closing(&self) -> bool {
+        self.0.closing.load(Ordering::Relaxed)
     }
 
     /// Waits until no operation is under way. None may begin any more.
@@ -220,6 +242,16 @@ impl Engine {
             .driver
             .parse()
             .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
+        // Opening would make an empty folder where the pool's file system is not mounted, and a
+        // driver would take every volume there for gone.
+        if !branch.pool.is_dir() {
+            return Err(EngineError::refused(format!(
+                "the pool {} of branch `{}` is not there",
+                branch.pool.display(),
+                branch.name
+            ))
+            .hint("mount its file system again, then dbranch sync"));
+        }
         self.open_pool(storage::Choice::Driver(kind), &branch.pool)
             .await
     }

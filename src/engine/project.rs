@@ -5,10 +5,10 @@ use std::time::SystemTime;
 
 use tracing::{info, warn};
 
-use super::{Engine, EngineError, Result, Secret};
+use super::{EndpointKey, Engine, EngineError, Result, Secret, lock};
 use crate::config::{self, ProjectConfig};
 use crate::git::Location;
-use crate::registry::{BranchRecord, ProjectRecord};
+use crate::registry::{BranchRecord, EndpointRecord, ProjectRecord, RegistryError};
 use crate::types::ProjectId;
 
 /// A project that was registered.
@@ -23,37 +23,40 @@ pub struct Registered {
 impl Engine {
     /// Makes a repository with a config file a project, or renews what is known of it.
     pub async fn register(&self, location: &Location) -> Result<Registered> {
+        // Two at a time could choose the same port.
+        let _turn = self.0.registering.lock().await;
         let (text, config) = read_config(location)?.ok_or_else(|| no_config(location))?;
-        let mut notes = Vec::new();
         let (known, moved_from) = self.locate(location)?;
         let new = known.as_ref().is_none_or(|p| p.deleted_at.is_some());
-        let project = match known {
-            Some(known) if known.deleted_at.is_none() => ProjectRecord {
-                name: config.name.clone(),
-                config: text,
-                ..known
-            },
+        let (proxy_port, note) = match &known {
+            Some(known) if !new => self.port_by(known, &config)?,
             known => {
-                let (id, created_at) = match known {
-                    Some(old) => (old.id, old.created_at),
-                    None => (ProjectId::random(), SystemTime::now()),
-                };
-                let (proxy_port, note) = self.free_proxy_port(&id, &config)?;
-                notes.extend(note);
-                ProjectRecord {
-                    id,
-                    name: config.name.clone(),
-                    common_dir: location.common_dir.clone(),
-                    config: text,
-                    proxy_port,
-                    allowed_commands: None,
-                    created_at,
-                    deleted_at: None,
-                }
+                let id = known.as_ref().map(|p| &p.id);
+                self.free_proxy_port(id, &config)?
             }
         };
+        let renew = |p: &mut ProjectRecord| {
+            p.name.clone_from(&config.name);
+            p.config.clone_from(&text);
+            p.proxy_port = proxy_port;
+            p.deleted_at = None;
+        };
+        let mut project = known.unwrap_or_else(|| ProjectRecord {
+            id: ProjectId::random(),
+            name: String::new(),
+            common_dir: location.common_dir.clone(),
+            config: String::new(),
+            proxy_port,
+            allowed_commands: None,
+            created_at: SystemTime::now(),
+            deleted_at: None,
+        });
+        renew(&mut project);
         self.listen(&project).await?;
-        self.0.registry.put_project(&project)?;
+        match self.0.registry.change_project(&project.id, renew)? {
+            Some(renewed) => project = renewed,
+            None => self.0.registry.put_project(&project)?,
+        }
         mark(&project)?;
         if new {
             info!(project = %project.name, port = project.proxy_port, "registered");
@@ -62,7 +65,7 @@ impl Engine {
             project,
             new,
             moved_from,
-            notes,
+            notes: note.into_iter().collect(),
         })
     }
 
@@ -77,11 +80,15 @@ impl Engine {
     /// The config's port, or the next one where another project of this user has it.
     fn free_proxy_port(
         &self,
-        id: &ProjectId,
+        id: Option<&ProjectId>,
         config: &ProjectConfig,
     ) -> Result<(u16, Option<String>)> {
         let others = self.0.registry.projects()?;
-        let taken = |port: u16| others.iter().find(|p| p.proxy_port == port && p.id != *id);
+        let taken = |port: u16| {
+            others
+                .iter()
+                .find(|p| p.proxy_port == port && Some(&p.id) != id)
+        };
         let Some(other) = taken(config.proxy_port) else {
             return Ok((config.proxy_port, None));
         };
@@ -101,10 +108,34 @@ impl Engine {
         Ok((port, Some(note)))
     }
 
+    /// The port of a known project under a new config: it changes when the config's wish does.
+    fn port_by(
+        &self,
+        project: &ProjectRecord,
+        config: &ProjectConfig,
+    ) -> Result<(u16, Option<String>)> {
+        if Self::config(project).is_ok_and(|before| before.proxy_port == config.proxy_port) {
+            return Ok((project.proxy_port, None));
+        }
+        self.free_proxy_port(Some(&project.id), config)
+    }
+
     /// The project of a place, with its config file's latest content.
     pub(super) fn project_at(&self, location: &Location) -> Result<ProjectRecord> {
+        match self.project_and_fault(location)? {
+            (project, None) => Ok(project),
+            (_, Some(fault)) => Err(fault),
+        }
+    }
+
+    /// The project of a place, and what is wrong with its config file: the project is then as its
+    /// last good config has it.
+    pub(super) fn project_and_fault(
+        &self,
+        location: &Location,
+    ) -> Result<(ProjectRecord, Option<EngineError>)> {
         let (known, _) = self.locate(location)?;
-        let Some(mut project) = known.filter(|p| p.deleted_at.is_none()) else {
+        let Some(project) = known.filter(|p| p.deleted_at.is_none()) else {
             let has_config = config_file(location).is_some_and(|f| f.exists());
             let where_ = location
                 .worktree
@@ -122,24 +153,64 @@ impl Engine {
             .hint("dbranch init"));
         };
         // A checkout of a commit from before the file existed must not take the database away.
-        if let Some((text, config)) = read_config(location)?
-            && text != project.config
-        {
-            let before = Self::config(&project).ok();
-            project.name.clone_from(&config.name);
-            project.config = text;
-            if before.is_some_and(|b| b.proxy_port != config.proxy_port) {
-                project.proxy_port = config.proxy_port;
-                let (engine, moved) = (self.clone(), project.clone());
-                self.0.tasks.spawn(async move {
-                    if let Err(e) = engine.listen(&moved).await {
-                        warn!(project = %moved.name, "listen on the new port: {e}");
-                    }
-                });
+        match read_config(location) {
+            Ok(Some((text, config))) if text != project.config => {
+                Ok((self.renew(&project, text, &config)?, None))
             }
-            self.0.registry.put_project(&project)?;
+            Ok(_) => Ok((project, None)),
+            Err(fault) => Ok((project, Some(fault))),
         }
-        Ok(project)
+    }
+
+    /// Records a config file that changed.
+    fn renew(
+        &self,
+        project: &ProjectRecord,
+        text: String,
+        config: &ProjectConfig,
+    ) -> Result<ProjectRecord> {
+        let (proxy_port, note) = self.port_by(project, config)?;
+        if let Some(note) = note {
+            warn!(project = %project.name, "{note}");
+        }
+        let renewed = self.0.registry.change_project(&project.id, |p| {
+            p.name.clone_from(&config.name);
+            p.config = text;
+            p.proxy_port = proxy_port;
+        })?;
+        let renewed = renewed.ok_or(RegistryError::ProjectGone)?;
+        if proxy_port != project.proxy_port {
+            self.listen_soon(&renewed);
+        }
+        Ok(renewed)
+    }
+
+    /// Opens a port that changed. Where that fails, [`Engine::listen_again`] goes on trying.
+    fn listen_soon(&self, project: &ProjectRecord) {
+        let (engine, project) = (self.clone(), project.clone());
+        self.0.tasks.spawn(async move {
+            if let Err(e) = engine.listen(&project).await {
+                warn!(project = %project.name, "{e}");
+            }
+        });
+    }
+
+    /// Opens what could not be opened before: whoever had the port may have let go of it.
+    pub async fn listen_again(&self) {
+        for project in self.projects().unwrap_or_default() {
+            let key = Self::main_endpoint(&project);
+            if !self.0.ports.listens(&key, project.proxy_port)
+                && self.listen(&project).await.is_ok()
+            {
+                info!(project = %project.name, port = project.proxy_port, "the port was free again");
+            }
+            for branch in self.live_branches(&project).unwrap_or_default() {
+                let key = EndpointKey::Pinned(branch.id.clone());
+                if !self.0.ports.listens(&key, branch.port) {
+                    self.publish(&branch).await;
+                }
+            }
+        }
     }
 
     /// Finds a project by its folder; where that is new, by the mark in it, for the repository may have moved.
@@ -156,41 +227,41 @@ impl Engine {
         match marked {
             // Where the old place still is a repository, this one is a copy: a project of its own.
             Some(project) if !project.common_dir.join("HEAD").exists() => {
+                let _turn = lock(&self.0.moving);
+                if let Some(moved) = self.0.registry.project_at(&location.common_dir)? {
+                    return Ok((Some(moved), None));
+                }
                 let from = project.common_dir.clone();
                 info!(project = %project.name, from = %from.display(), to = %location.common_dir.display(), "moved");
-                self.move_project(project, location)
+                self.move_project(&project, location)
                     .map(|p| (Some(p), Some(from)))
             }
             _ => Ok((None, None)),
         }
     }
 
-    fn move_project(&self, project: ProjectRecord, location: &Location) -> Result<ProjectRecord> {
-        let old_key = Self::main_endpoint(&project);
+    fn move_project(&self, project: &ProjectRecord, location: &Location) -> Result<ProjectRecord> {
+        let old_key = Self::main_endpoint(project);
         let shown = self.endpoint_record(&old_key)?;
-        let moved = ProjectRecord {
-            common_dir: location.common_dir.clone(),
-            ..project
-        };
-        self.0.registry.put_project(&moved)?;
+        let moved = self
+            .0
+            .registry
+            .change_project(&project.id, |p| {
+                p.common_dir.clone_from(&location.common_dir);
+            })?
+            .ok_or(RegistryError::ProjectGone)?;
         self.0.registry.remove_endpoints(&moved.id)?;
-        self.0.ports.close(&old_key);
         let key = Self::main_endpoint(&moved);
         if let Some(record) = shown {
             self.restore_active(&key, record.branch.clone());
-            self.0
-                .registry
-                .put_endpoint(&crate::registry::EndpointRecord {
-                    git_dir: moved.common_dir.clone(),
-                    ..record
-                })?;
+            self.0.registry.put_endpoint(&EndpointRecord {
+                git_dir: moved.common_dir.clone(),
+                ..record
+            })?;
         }
-        let (engine, project) = (self.clone(), moved.clone());
-        self.0.tasks.spawn(async move {
-            if let Err(e) = engine.listen(&project).await {
-                warn!(project = %project.name, "listen after a move: {e}");
-            }
-        });
+        self.0.ports.close(&old_key);
+        self.forget_endpoint(&old_key);
+        self.listen_soon(&moved);
         Ok(moved)
     }
 

@@ -4,6 +4,7 @@
 //! being destroyed on the user's word is destroyed. Nothing else is ever deleted.
 
 use std::collections::HashSet;
+use std::time::SystemTime;
 
 use futures_util::future::join_all;
 use tracing::{info, warn};
@@ -31,14 +32,23 @@ impl Engine {
                 info!("{action}");
             }
             if project.deleted_at.is_some() {
-                continue;
-            }
-            let key = Self::main_endpoint(&project);
-            if let Some(record) = self.endpoint_record(&key)? {
-                self.restore_active(&key, record.branch);
-            }
-            if let Err(e) = self.listen(&project).await {
-                warn!(project = %project.name, "{e}");
+                // The daemon died while it deleted the project.
+                let left: Vec<_> = self
+                    .live_branches(&project)?
+                    .into_iter()
+                    .map(|b| b.id)
+                    .collect();
+                self.0
+                    .registry
+                    .set_trashed(&left, Some(SystemTime::now()))?;
+            } else {
+                let key = Self::main_endpoint(&project);
+                if let Some(record) = self.endpoint_record(&key)? {
+                    self.restore_active(&key, record.branch);
+                }
+                if let Err(e) = self.listen(&project).await {
+                    warn!(project = %project.name, "{e}");
+                }
             }
             let branches = self.0.registry.branches(&project.id)?;
             join_all(branches.iter().map(|branch| self.take_up(branch))).await;
@@ -140,7 +150,9 @@ impl Engine {
                     warn!(branch = %branch.name, "{action}: {e}");
                     continue;
                 }
-                self.undo(&slot, &mut live, &branch).await;
+                if !self.undo(&slot, &mut live, &branch).await {
+                    continue;
+                }
             }
             actions.push(action);
         }

@@ -121,7 +121,7 @@ impl Engine {
     }
 
     pub fn view_of(&self, location: &Location, branch: &BranchRecord) -> Result<BranchView> {
-        let project = self.project_at(location)?;
+        let project = self.project_of(branch)?;
         let all = self.0.registry.branches(&project.id)?;
         let record = all.iter().find(|b| b.id == branch.id).unwrap_or(branch);
         Ok(self.view(record, &all, self.shown_at(&project, location)?.as_ref()))
@@ -193,6 +193,20 @@ impl Engine {
         Ok((self.credentials(&project, port)?, shown))
     }
 
+    /// [`Engine::connect_info`] of an address that really listens; the error says who else has the port.
+    pub async fn reachable(
+        &self,
+        location: &Location,
+        name: Option<&BranchName>,
+    ) -> Result<(Credentials, Option<BranchRecord>)> {
+        let (credentials, branch) = self.connect_info(location, name).await?;
+        match &branch {
+            Some(branch) if branch.port == credentials.port => self.try_publish(branch).await?,
+            _ => self.listen(&self.project_at(location)?).await?,
+        }
+        Ok((credentials, branch))
+    }
+
     pub fn backend(&self, branch: &BranchRecord) -> BackendAddress {
         self.backend_of(&branch.id)
     }
@@ -222,10 +236,24 @@ impl Engine {
         let branches = self.0.registry.branches(&project.id)?;
         let mut views = Vec::new();
         for branch in branches.iter().filter(|b| b.stage == Stage::Ready) {
+            let usage = match self.usage_of(branch).await {
+                Ok(usage) => usage,
+                // Destroyed meanwhile.
+                Err(_)
+                    if self
+                        .0
+                        .registry
+                        .branch(&branch.id)?
+                        .is_none_or(|b| b.stage != Stage::Ready) =>
+                {
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
             views.push(UsageView {
                 name: branch.name.clone(),
                 trashed: branch.trashed_at.is_some(),
-                usage: self.usage_of(branch).await?,
+                usage,
             });
         }
         let Some(newest) = branches.last() else {
@@ -247,8 +275,11 @@ impl Engine {
     }
 
     /// Things worth knowing about where a place stands.
-    pub fn notes(&self, project: &ProjectRecord, location: &Location) -> Result<Vec<String>> {
+    pub async fn notes(&self, project: &ProjectRecord, location: &Location) -> Result<Vec<String>> {
         let mut notes = Vec::new();
+        if let Err(e) = self.listen(project).await {
+            notes.push(e.message);
+        }
         let shown = self.shown_at(project, location)?;
         match git::head(&location.git_dir)? {
             Head::Detached(_) => {
@@ -269,10 +300,7 @@ impl Engine {
             }
         }
         if !Self::are_allowed(project) {
-            notes.push(
-                "the config's commands are not allowed yet: review them with `dbranch allow`"
-                    .into(),
-            );
+            notes.push(super::commands::NOT_ALLOWED.into());
         }
         if let Some(operation) = git::operation(&location.git_dir) {
             notes.push(format!("git is in the middle of a {operation:?}"));

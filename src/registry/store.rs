@@ -26,8 +26,17 @@ pub enum RegistryError {
     },
     #[error("branch `{0}` already exists")]
     NameTaken(BranchName),
+    #[error("the project was deleted meanwhile")]
+    ProjectGone,
     #[error("no free port from {min} to {max}")]
     NoPort { min: u16, max: u16 },
+}
+
+impl RegistryError {
+    /// Whether the disk of the registry is full.
+    pub fn is_out_of_room(&self) -> bool {
+        matches!(self, Self::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+    }
 }
 
 /// How long a commit takes to be safe.
@@ -114,14 +123,7 @@ impl Registry {
     }
 
     pub fn project(&self, id: &ProjectId) -> Result<Option<ProjectRecord>> {
-        self.read(|c| {
-            one(
-                c,
-                "SELECT * FROM projects WHERE id = ?1",
-                [id.as_str()],
-                project,
-            )
-        })
+        self.read(|c| project_by_id(c, id))
     }
 
     pub fn project_at(&self, common_dir: &Path) -> Result<Option<ProjectRecord>> {
@@ -135,35 +137,37 @@ impl Registry {
         })
     }
 
-    /// Writes a project, new or known.
+    /// Records a new project, or one that was deleted anew.
     pub fn put_project(&self, p: &ProjectRecord) -> Result<()> {
+        self.write(Durability::Disk, |c| put_project(c, p))
+    }
+
+    /// Changes what is recorded of a project, as it is at this moment: whoever read the record
+    /// earlier takes back nothing that others changed since. None where there is no such project.
+    pub fn change_project(
+        &self,
+        id: &ProjectId,
+        change: impl FnOnce(&mut ProjectRecord),
+    ) -> Result<Option<ProjectRecord>> {
         self.write(Durability::Disk, |c| {
-            c.prepare_cached(
-                "INSERT INTO projects (id, name, common_dir, config, proxy_port, allowed_commands, created_at,
-                                       deleted_at)
-                 VALUES (:id, :name, :common_dir, :config, :proxy_port, :allowed, :created, :deleted)
-                 ON CONFLICT (id) DO UPDATE SET name = :name, common_dir = :common_dir, config = :config,
-                    proxy_port = :proxy_port, allowed_commands = :allowed, deleted_at = :deleted",
-            )?
-            .execute(named_params! {
-                ":id": p.id.as_str(),
-                ":name": p.name,
-                ":common_dir": text(&p.common_dir),
-                ":config": p.config,
-                ":proxy_port": p.proxy_port,
-                ":allowed": p.allowed_commands,
-                ":created": millis(p.created_at),
-                ":deleted": p.deleted_at.map(millis),
-            })?;
-            Ok(())
+            let Some(mut record) = project_by_id(c, id)? else {
+                return Ok(None);
+            };
+            change(&mut record);
+            put_project(c, &record)?;
+            Ok(Some(record))
         })
     }
 
-    /// Forgets a project that has no branches left.
-    pub fn remove_project(&self, id: &ProjectId) -> Result<()> {
+    /// Forgets a project that was deleted and has no branches left. True if it was one.
+    pub fn remove_project(&self, id: &ProjectId) -> Result<bool> {
         self.write(Durability::Disk, |c| {
-            c.execute("DELETE FROM projects WHERE id = ?1", [id.as_str()])?;
-            Ok(())
+            let removed = c.execute(
+                "DELETE FROM projects WHERE id = ?1 AND deleted_at IS NOT NULL
+                    AND NOT EXISTS (SELECT 1 FROM branches WHERE project = ?1)",
+                [id.as_str()],
+            )?;
+            Ok(removed > 0)
         })
     }
 
@@ -216,6 +220,9 @@ impl Registry {
         usable: impl Fn(u16) -> bool,
     ) -> Result<BranchRecord> {
         self.write(Durability::Process, |c| {
+            if project_by_id(c, &new.project)?.is_none_or(|p| p.deleted_at.is_some()) {
+                return Err(RegistryError::ProjectGone);
+            }
             let taken: Vec<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?;
             let port = (ports.0..=ports.1)
                 .find(|port| !taken.contains(port) && usable(*port))
@@ -223,7 +230,8 @@ impl Registry {
             c.prepare_cached(
                 "INSERT INTO branches (id, project, name, parent, stage, volume, driver, pool, port, started_once,
                                        created_at, trashed_at, runtime, programs, major)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+                 VALUES (?1, ?2, ?3, (SELECT id FROM branches WHERE id = ?4), ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12,
+                    ?13, ?14, ?15)",
             )?
             .execute(params![
                 new.id.as_str(),
@@ -242,10 +250,7 @@ impl Registry {
                 new.server.programs,
                 new.server.major,
             ])
-            .map_err(|e| match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => RegistryError::NameTaken(new.name.clone()),
-                _ => e.into(),
-            })?;
+            .map_err(|e| name_taken(e, &new.name))?;
             Ok(BranchRecord { port, ..new.clone() })
         })
     }
@@ -289,18 +294,25 @@ impl Registry {
         })
     }
 
+    /// Takes a branch out of the trash under a name that is free.
+    pub fn untrash(&self, id: &BranchId, name: &BranchName) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute(
+                "UPDATE branches SET trashed_at = NULL, name = ?2 WHERE id = ?1",
+                [id.as_str(), name.as_str()],
+            )
+            .map_err(|e| name_taken(e, name))?;
+            Ok(())
+        })
+    }
+
     pub fn rename_branch(&self, id: &BranchId, name: &BranchName) -> Result<()> {
         self.write(Durability::Disk, |c| {
             c.execute(
                 "UPDATE branches SET name = ?2 WHERE id = ?1",
                 [id.as_str(), name.as_str()],
             )
-            .map_err(|e| match e.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => {
-                    RegistryError::NameTaken(name.clone())
-                }
-                _ => e.into(),
-            })?;
+            .map_err(|e| name_taken(e, name))?;
             Ok(())
         })
     }
@@ -325,11 +337,15 @@ impl Registry {
         })
     }
 
+    /// A branch that is no more, or lies in the trash since the caller saw it, is passed over.
     pub fn put_endpoint(&self, e: &EndpointRecord) -> Result<()> {
         self.write(Durability::Process, |c| {
             c.prepare_cached(
-                "INSERT INTO endpoints (project, git_dir, branch, previous, head) VALUES (?1, ?2, ?3, ?4, ?5)
-                 ON CONFLICT (project, git_dir) DO UPDATE SET branch = ?3, previous = ?4, head = ?5",
+                "INSERT INTO endpoints (project, git_dir, branch, previous, head)
+                 VALUES (?1, ?2, (SELECT id FROM branches WHERE id = ?3 AND trashed_at IS NULL),
+                    (SELECT id FROM branches WHERE id = ?4 AND trashed_at IS NULL), ?5)
+                 ON CONFLICT (project, git_dir) DO UPDATE SET
+                    branch = excluded.branch, previous = excluded.previous, head = excluded.head",
             )?
             .execute(params![
                 e.project.as_str(),
@@ -350,6 +366,50 @@ impl Registry {
             )?;
             Ok(())
         })
+    }
+}
+
+fn project_by_id(connection: &Connection, id: &ProjectId) -> Result<Option<ProjectRecord>> {
+    one(
+        connection,
+        "SELECT * FROM projects WHERE id = ?1",
+        [id.as_str()],
+        project,
+    )
+}
+
+fn put_project(connection: &Connection, p: &ProjectRecord) -> Result<()> {
+    connection
+        .prepare_cached(
+            "INSERT INTO projects (id, name, common_dir, config, proxy_port, allowed_commands, created_at,
+                                   deleted_at)
+             VALUES (:id, :name, :common_dir, :config, :proxy_port, :allowed, :created, :deleted)
+             ON CONFLICT (id) DO UPDATE SET name = :name, common_dir = :common_dir, config = :config,
+                proxy_port = :proxy_port, allowed_commands = :allowed, deleted_at = :deleted",
+        )?
+        .execute(named_params! {
+            ":id": p.id.as_str(),
+            ":name": p.name,
+            ":common_dir": text(&p.common_dir),
+            ":config": p.config,
+            ":proxy_port": p.proxy_port,
+            ":allowed": p.allowed_commands,
+            ":created": millis(p.created_at),
+            ":deleted": p.deleted_at.map(millis),
+        })?;
+    Ok(())
+}
+
+/// What a violated constraint means where a branch is given a name.
+fn name_taken(e: rusqlite::Error, name: &BranchName) -> RegistryError {
+    let by_name = |message: &str| message.contains("branches.name");
+    match &e {
+        rusqlite::Error::SqliteFailure(failure, Some(message))
+            if failure.code == rusqlite::ErrorCode::ConstraintViolation && by_name(message) =>
+        {
+            RegistryError::NameTaken(name.clone())
+        }
+        _ => e.into(),
     }
 }
 

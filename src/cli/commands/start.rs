@@ -34,11 +34,18 @@ impl Args {
 
 /// Starts the daemon in the background.
 pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
-    let (client, word) = match Client::connect(&cx.paths)? {
-        Some(client) => (client, "already runs"),
-        None => (context::start(&cx.paths, context::START_LIMIT)?, "started"),
+    let running = match Client::connect(&cx.paths)? {
+        // One that breaks off is dying.
+        Some(client) => ping(client).ok(),
+        None => None,
     };
-    let info = ping(client)?;
+    let (info, word) = match running {
+        Some(info) => (info, "already runs"),
+        None => (
+            ping(context::start(&cx.paths, context::START_LIMIT)?)?,
+            "started",
+        ),
+    };
     if cx.ui.json {
         cx.ui.answer_json(&info)?;
     } else {
