@@ -67,7 +67,7 @@ pub(super) async fn details(
         children: engine.children(record)?,
         sessions: view.sessions,
         failure: match view.state {
-            InstanceState::Failed { reason, .. } => Some(reason),
+            InstanceState::Failed { error, .. } => Some(error.message),
             _ => None,
         },
         logical_bytes: usage.map(|u| u.logical_bytes),

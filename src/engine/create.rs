@@ -347,7 +347,7 @@ impl Engine {
             Ok(method) => method,
             Err(e) => {
                 self.undo(&slot, &mut live, &branch).await;
-                return Err(e);
+                return Err(e.while_cloning(&parent.name));
             }
         };
         crash_point("create:cloned");

@@ -152,10 +152,10 @@ impl Engine {
             ));
         }
         for branch in &branches {
-            if let InstanceState::Failed { reason, .. } = self.slot(&branch.id).state() {
+            if let InstanceState::Failed { error, .. } = self.slot(&branch.id).state() {
                 checks.push(Check::problem(
                     "branch",
-                    reason,
+                    error.message,
                     format!("dbranch logs {}", branch.name),
                 ));
             }

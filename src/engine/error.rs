@@ -8,6 +8,7 @@ use crate::postgres::{AdminError, BadSetting, ClusterError};
 use crate::registry::RegistryError;
 use crate::runtime::RuntimeError;
 use crate::storage::StorageError;
+use crate::types::BranchName;
 
 /// What kind of failure: it decides the exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +58,25 @@ impl EngineError {
     #[must_use]
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
+        self
+    }
+
+    /// Names the branch it happened to, and where to read on, unless it does already.
+    #[must_use]
+    pub(crate) fn about_branch(mut self, name: &BranchName) -> Self {
+        if !self.message.contains(name.as_str()) {
+            self.message = format!("branch `{name}` can't be started: {}", self.message);
+        }
+        self.hint
+            .get_or_insert_with(|| format!("dbranch logs {name}"));
+        self
+    }
+
+    /// Names the parent whose clone failed, and what to look at.
+    #[must_use]
+    pub(crate) fn while_cloning(mut self, parent: &BranchName) -> Self {
+        self.message = format!("`{parent}` can't be cloned: {}", self.message);
+        self.hint.get_or_insert_with(|| "dbranch doctor".into());
         self
     }
 

@@ -1,5 +1,6 @@
 //! Instances: started on demand, watched, stopped.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,8 +16,6 @@ use crate::types::{BackendAddress, BranchId, BranchName};
 
 /// How long a start may take. Recovery after a crash replays up to `max_wal_size` of log.
 const START_LIMIT: Duration = Duration::from_secs(300);
-/// A start that failed is not tried again sooner, so that a pool that reconnects in a loop can't spin.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What is known of a branch's instance.
 #[derive(Debug, Clone)]
@@ -26,8 +25,7 @@ pub enum InstanceState {
     Running(BackendAddress),
     /// It ended by itself, or could not be started.
     Failed {
-        reason: String,
-        /// Its last start: the next is not tried right after it.
+        error: EngineError,
         since: Instant,
     },
 }
@@ -144,7 +142,7 @@ impl Engine {
         if let Some(address) = slot.address().filter(is_there) {
             return Ok(address);
         }
-        let (engine, id) = (self.clone(), id.clone());
+        let (engine, id, asked) = (self.clone(), id.clone(), Instant::now());
         self.detached(async move {
             let mut live = slot.turn().await;
             if slot.address().is_some_and(|address| !is_there(&address)) {
@@ -153,7 +151,7 @@ impl Engine {
                     .stop_in_turn(&slot, &mut live, StopMode::Fast)
                     .await?;
             }
-            engine.start_in_turn(&slot, &mut live, &id).await
+            engine.start_in_turn(&slot, &mut live, &id, asked).await
         })
         .await
     }
@@ -193,14 +191,17 @@ impl Engine {
         slot: &Slot,
         live: &mut Live,
         id: &BranchId,
+        asked: Instant,
     ) -> Result<BackendAddress> {
         if let Some(address) = slot.address() {
             return Ok(address);
         }
-        if let InstanceState::Failed { reason, since } = slot.state()
-            && since.elapsed() < RETRY_AFTER
+        // Whoever waited while a start failed shares its failure: a pool's many clients
+        // cause one attempt, not one each.
+        if let InstanceState::Failed { error, since } = slot.state()
+            && since > asked
         {
-            return Err(EngineError::refused(reason));
+            return Err(error);
         }
         if self.is_closing() {
             return Err(EngineError::refused("dbranch is shutting down").hint("dbranch start"));
@@ -225,11 +226,12 @@ impl Engine {
                 Ok(address)
             }
             Err(e) => {
+                let error = e.about_branch(&branch.name);
                 slot.state.send_replace(InstanceState::Failed {
-                    reason: e.message.clone(),
+                    error: error.clone(),
                     since: Instant::now(),
                 });
-                Err(e)
+                Err(error)
             }
         }
     }
@@ -244,6 +246,7 @@ impl Engine {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
+        Self::refuse_other_major(branch, &spec.data_dir)?;
         self.write_conf(&project, branch, &runtime).await?;
         let instance = runtime.start(&spec).await?;
         let mut exit = instance.exit.clone();
@@ -278,6 +281,21 @@ impl Engine {
             .send_replace(InstanceState::Running(address.clone()));
         Self::watch_exit(slot, branch, &instance);
         Ok(address)
+    }
+
+    fn refuse_other_major(branch: &BranchRecord, data_dir: &Path) -> Result<()> {
+        let (found, ours) = (postgres::major(data_dir)?, branch.server.major);
+        if found == ours {
+            return Ok(());
+        }
+        Err(EngineError::refused(format!(
+            "the data of branch `{}` is PostgreSQL {found}'s, and its server is {ours}",
+            branch.name
+        ))
+        .hint(format!(
+            "see what became of it: dbranch show {}",
+            branch.name
+        )))
     }
 
     /// Notices when an instance ends by itself.
@@ -316,9 +334,9 @@ impl Engine {
                     .unwrap_or_default()
             );
             warn!("{reason}");
-            // One that ran for a while may be started again at once.
             slot.state.send_replace(InstanceState::Failed {
-                reason,
+                error: EngineError::refused(reason).about_branch(&branch.name),
+                // Its start had not failed: who has asked for it since then starts it again.
                 since: begun,
             });
         });
@@ -521,7 +539,7 @@ fn complaint(log: &str) -> Option<String> {
                 .iter()
                 .any(|word| line.contains(word))
         })
-        .or(lines.last())
+        .or(lines.last().filter(|line| !line.contains("LOG:")))
         .map(|line| {
             let from = ["FATAL:", "PANIC:", "ERROR:"]
                 .iter()

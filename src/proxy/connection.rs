@@ -28,6 +28,10 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 /// What a client may send ahead while its branch starts. PostgreSQL's clients send nothing.
 const EARLY_MAX_BYTES: usize = 16 * 1024;
 
+/// How often a session's route is asked for where nobody listens at its end, and the pause between.
+const ATTEMPTS_MAX: u32 = 4;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(50);
+
 /// What all connections of a proxy share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -116,9 +120,22 @@ where
     C: AsyncRead + AsyncWrite + Unpin,
 {
     let mut early = Vec::new();
-    let route = match routed(client, endpoint, startup, &mut early).await {
-        Ok(route) => route,
-        Err(last_word) => return last_word,
+    let mut attempt = 1;
+    let (route, mut stream) = loop {
+        let route = match routed(client, endpoint, startup.clone(), &mut early).await {
+            Ok(route) => route,
+            Err(last_word) => return last_word,
+        };
+        match backend::connect(&route.backend).await {
+            Ok(stream) => break (route, stream),
+            // It ended this moment and the router has yet to hear of it.
+            Err(error) if is_gone(&error) && attempt < ATTEMPTS_MAX => attempt += 1,
+            Err(error) => {
+                warn!(branch = %route.branch_name, backend = %route.backend, %error, "no connection to a branch's server");
+                return Some(unreachable(&route.branch_name, &error));
+            }
+        }
+        tokio::time::sleep(ATTEMPT_PAUSE).await;
     };
     let Route {
         branch,
@@ -130,13 +147,6 @@ where
     } = route;
     // Given back with the backend, at the end of this function.
     let _lease = lease;
-    let mut stream = match backend::connect(&backend).await {
-        Ok(stream) => stream,
-        Err(error) => {
-            warn!(branch = %branch_name, %backend, %error, "no connection to a branch's server");
-            return Some(unreachable(&branch_name, &error));
-        }
-    };
     let mut departure = Departure::new(branch, active, endpoint.shutdown.clone());
     let greeting = Greeting::new(endpoint.shared.keys.clone(), backend, packet.minor);
     let mut relay = Relay::new(
@@ -190,6 +200,12 @@ where
             may_speak.then(|| parting(&departure, reason, &branch_name, endpoint.router.as_ref()))
         }
     }
+}
+
+/// Nobody listens there (any more).
+fn is_gone(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), ConnectionRefused | NotFound)
 }
 
 /// Asks where the session goes while the client waits; `early` gets what it sends meanwhile.

@@ -1,6 +1,10 @@
 //! Branches cut from a parent that is being written to.
 
-use crate::support::{Server, Storage, TestEnv, process};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::support::{LIMIT, Server, Storage, TestEnv, wait_until};
+
+const BRANCHES: [&str; 3] = ["one", "two", "three"];
 
 /// pgbench keeps four sums equal in every transaction: a clone that tore one shows it.
 const SUMS: &str = "select (select sum(abalance) from pgbench_accounts) \
@@ -18,32 +22,33 @@ fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
         .ok();
     env.sql("create extension amcheck");
 
-    let mut pgbench = env.command("pgbench", &env.path("elsewhere"));
-    pgbench.args(["-n", "-c", "4", "-T", "8", "-d", &main]);
-    let load = std::thread::spawn(move || process::run(pgbench, crate::support::LIMIT));
-    let history = "select count(*) from pgbench_history";
-    let mut before = 0;
-    for branch in ["one", "two", "three"] {
-        // Each branch is cut while the load goes on.
-        crate::support::wait_until(crate::support::LIMIT, "pgbench writes", || {
-            let now: u64 = env.psql(&main, history).text().parse().expect("a number");
-            std::mem::replace(&mut before, now) < now && now > 0
+    // Rounds of load until all branches are cut, however long that takes here.
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let load = env
+                    .run("pgbench", &["-n", "-c", "4", "-T", "3", "-d", &main])
+                    .ok();
+                assert!(
+                    load.stdout.contains("number of failed transactions: 0 "),
+                    "the parent's clients saw something: {load}"
+                );
+            }
         });
-        let _ = env.git(&["checkout", "-q", "-b", branch, "main"]).ok();
-        let _ = env.git(&["checkout", "-q", "main"]).ok();
-    }
-    assert!(
-        !load.is_finished(),
-        "the load ended before the branches were cut"
-    );
-    let load = load.join().expect("pgbench was run").ok();
-    assert!(
-        load.stdout.contains("number of failed transactions: 0 "),
-        "the parent's clients saw nothing: {load}"
-    );
+        let cut = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            cut_branches_under_load(&env, &main);
+        }));
+        done.store(true, Ordering::Relaxed);
+        load.join().expect("pgbench ran without an error");
+        if let Err(why) = cut {
+            std::panic::resume_unwind(why);
+        }
+    });
 
+    let history = "select count(*) from pgbench_history";
     let on_main: u64 = env.sql_on("main", history).parse().expect("a number");
-    for branch in ["one", "two", "three"] {
+    for branch in BRANCHES {
         assert_eq!(env.sql_on(branch, SUMS), "t", "{branch} is torn");
         let rows: u64 = env.sql_on(branch, history).parse().expect("a number");
         assert!(0 < rows && rows < on_main, "{branch}: {rows} of {on_main}");
@@ -61,6 +66,21 @@ fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
         );
     }
     assert_eq!(env.sql_on("main", SUMS), "t");
+}
+
+fn cut_branches_under_load(env: &TestEnv, main: &str) {
+    let mut before = 0;
+    for branch in BRANCHES {
+        wait_until(LIMIT, "pgbench writes", || {
+            let written = env
+                .psql(main, "select count(*) from pgbench_history")
+                .text();
+            let now: u64 = written.parse().expect("a number");
+            std::mem::replace(&mut before, now) < now && now > 0
+        });
+        let _ = env.git(&["checkout", "-q", "-b", branch, "main"]).ok();
+        let _ = env.git(&["checkout", "-q", "main"]).ok();
+    }
 }
 
 #[test]

@@ -22,12 +22,21 @@ fn shutdown_ends_the_daemon_and_can_be_repeated() {
     let _ = env.dbranch(&["init", "--yes"]).ok();
     let pid = env.daemon_pid();
     let _ = env.dbranch(&["shutdown"]).ok();
-    assert!(!is_alive(pid), "shutdown returns when the daemon is gone");
+    wait_until(LIMIT, "the daemon is gone", || !is_alive(pid));
     let _ = env.dbranch(&["shutdown"]).ok();
     assert!(
         crate::support::processes_in(env.base()).is_empty(),
         "shutdown starts nothing"
     );
+}
+
+#[test]
+fn shutdown_returns_when_the_next_daemon_can_start() {
+    let env = TestEnv::bare();
+    for _ in 0..10 {
+        let _ = env.dbranch(&["start", "--detach"]).ok();
+        let _ = env.dbranch(&["shutdown"]).ok();
+    }
 }
 
 #[test]

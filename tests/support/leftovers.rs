@@ -72,15 +72,22 @@ pub(crate) fn mounts_in(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Whether a process still runs, or any thread of it, which keeps its files and sockets open.
+/// One that has ended and was not waited for is a lone zombie.
 pub(crate) fn is_alive(pid: u32) -> bool {
-    // A zombie counts as ended.
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        !stat
-            .rsplit(')')
-            .next()
-            .unwrap_or_default()
-            .starts_with(" Z")
-    })
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|thread| {
+            fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| {
+                !stat
+                    .rsplit(')')
+                    .next()
+                    .unwrap_or_default()
+                    .starts_with(" Z")
+            })
+        })
 }
 
 /// Kills a process without giving it a chance.
