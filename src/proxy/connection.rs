@@ -356,15 +356,15 @@ mod tests {
 
     type Answer = Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send>>;
 
-    /// Gives one prepared answer.
-    struct Prepared(Mutex<Option<Answer>>);
+    /// Gives prepared answers, the last one first.
+    struct Prepared(Mutex<Vec<Answer>>);
 
     impl Router for Prepared {
         fn route<'a>(
             &'a self,
             _startup: &'a Startup,
         ) -> Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send + 'a>> {
-            self.0.lock().unwrap().take().expect("asked once")
+            self.0.lock().unwrap().pop().expect("asked no more often")
         }
     }
 
@@ -392,10 +392,14 @@ mod tests {
 
         /// A client's end of a connection that is routed by `answer`.
         fn connect(&self, answer: Answer) -> (DuplexStream, JoinHandle<()>) {
+            self.connect_by(vec![answer])
+        }
+
+        fn connect_by(&self, answers: Vec<Answer>) -> (DuplexStream, JoinHandle<()>) {
             let (client, near) = duplex(4096);
             let endpoint = Arc::new(Endpoint {
                 shared: self.shared.clone(),
-                router: Arc::new(Prepared(Mutex::new(Some(answer)))),
+                router: Arc::new(Prepared(Mutex::new(answers))),
                 home: Handle::current(),
                 shutdown: self.shutdown.clone(),
             });
@@ -425,7 +429,11 @@ mod tests {
 
     /// Everything the proxy says to a client that sends `bytes` and waits.
     async fn conversation(fixture: &Fixture, answer: Answer, bytes: &[u8]) -> String {
-        let (mut client, task) = fixture.connect(answer);
+        conversation_by(fixture, vec![answer], bytes).await
+    }
+
+    async fn conversation_by(fixture: &Fixture, answers: Vec<Answer>, bytes: &[u8]) -> String {
+        let (mut client, task) = fixture.connect_by(answers);
         client.write_all(bytes).await.unwrap();
         let mut said = Vec::new();
         client.read_to_end(&mut said).await.unwrap();
@@ -470,14 +478,35 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_that_is_not_there_is_told() {
-        let (socket, _show, answer) = server().await;
-        drop(socket);
-        let said = conversation(&Fixture::new(), answer, &startup(0)).await;
+        let mut shown = Vec::new();
+        let mut answers = Vec::new();
+        for _ in 0..ATTEMPTS_MAX {
+            let (_, show, answer) = server().await;
+            shown.push(show);
+            answers.push(answer);
+        }
+        let said = conversation_by(&Fixture::new(), answers, &startup(0)).await;
         assert!(
             said.contains("C08006\0Mcould not connect to the server of branch `feature/x`\0"),
             "{said:?}"
         );
         assert!(said.contains("dbranch logs feature/x"), "{said:?}");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_ended_this_moment_is_asked_for_again() {
+        let (ended, _show, stale) = server().await;
+        drop(ended);
+        let (socket, _shown, fresh) = server().await;
+        let fixture = Fixture::new();
+        let (mut client, task) = fixture.connect_by(vec![fresh, stale]);
+        client.write_all(&startup(0)).await.unwrap();
+        let (mut backend, _) = socket.accept().await.unwrap();
+        let mut got = vec![0; startup(0).len()];
+        backend.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, startup(0), "the session began, and nothing was lost");
+        drop((client, backend));
+        task.await.unwrap();
     }
 
     #[tokio::test]
