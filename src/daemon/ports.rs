@@ -175,6 +175,9 @@ fn refusal(e: &EngineError) -> RouteError {
         sqlstate: CANNOT_CONNECT_NOW,
         message: e.message.clone(),
         detail: None,
-        hint: e.hint.as_ref().map(|hint| format!("Run \"{hint}\".")),
+        hint: e.hint.as_ref().map(|hint| match hint.split(' ').next() {
+            Some("dbranch" | "git") => format!("Run \"{hint}\"."),
+            _ => hint.clone(),
+        }),
     }
 }

@@ -155,6 +155,7 @@ impl Engine {
         })?;
         let pool = request.pool.clone().unwrap_or_else(|| self.pool());
         let driver = self.open_pool(choice, &pool).await?;
+        self.mark_pool(driver.pool())?;
         if let Some(advice) = driver.advice() {
             to.notice(advice);
         }
@@ -310,6 +311,8 @@ impl Engine {
     ) -> Result<Created> {
         let begun = Instant::now();
         let config = Self::config(project)?;
+        // What can't be reached now would leave a record that can't be taken back now either.
+        self.driver(parent).await?;
         let id = BranchId::random();
         let slot = self.slot(&id);
         let mut live = slot.turn().await;
@@ -383,8 +386,8 @@ impl Engine {
             && let Ok(Some(found)) = self.0.registry.branch_named(&project.id, name)
             && found.stage == Stage::Creating
         {
-            return EngineError::refused(format!("branch `{name}` is half made"))
-                .hint("if nobody is making it right now, dbranch sync takes it back");
+            return EngineError::refused(format!("branch `{name}` is being made"))
+                .hint("dbranch list; if an interrupted run left it, dbranch sync takes it back");
         }
         e.into()
     }

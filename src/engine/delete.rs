@@ -95,7 +95,7 @@ impl Engine {
         let at = current.trashed_at.unwrap_or_else(SystemTime::now);
         self.0
             .registry
-            .set_trashed(std::slice::from_ref(&branch.id), Some(at))?;
+            .set_trashed(std::slice::from_ref(&branch.id), at)?;
         self.withdraw(branch);
         self.stop_in_turn(&slot, &mut live, StopMode::Fast).await?;
         info!(branch = %branch.name, "moved to the trash");

@@ -187,7 +187,7 @@ impl Engine {
             checks.push(Check::warning(
                 "volume",
                 stranger,
-                "look at it, then remove it by hand",
+                "unless it belongs to another DBRANCH_HOME: look at it, then remove it by hand",
             ));
         }
         Ok(checks)

@@ -161,7 +161,12 @@ impl From<ClusterError> for EngineError {
 
 impl From<AdminError> for EngineError {
     fn from(e: AdminError) -> Self {
-        Self::refused(e.to_string())
+        let refused = Self::refused(e.to_string());
+        // SQLSTATE disk_full.
+        if refused.message.contains("[53100]") {
+            return refused.hint("free some room in the pool; dbranch usage");
+        }
+        refused
     }
 }
 

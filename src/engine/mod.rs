@@ -242,9 +242,11 @@ impl Engine {
             .driver
             .parse()
             .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
-        // Opening would make an empty folder where the pool's file system is not mounted, and a
-        // driver would take every volume there for gone.
-        if !branch.pool.is_dir() {
+        // Where the pool's file system is not mounted, an empty folder may stand in its place, and a
+        // driver would take every volume for gone.
+        if !(branch.pool.join(POOL_MARK).exists()
+            || branch.pool.join(branch.volume.as_str()).exists())
+        {
             return Err(EngineError::refused(format!(
                 "the pool {} of branch `{}` is not there",
                 branch.pool.display(),
@@ -254,6 +256,20 @@ impl Engine {
         }
         self.open_pool(storage::Choice::Driver(kind), &branch.pool)
             .await
+    }
+
+    /// Marks a folder as a pool in use, and tells people whose it is.
+    fn mark_pool(&self, pool: &Path) -> Result<()> {
+        let file = pool.join(POOL_MARK);
+        if file.exists() {
+            return Ok(());
+        }
+        let text = format!(
+            "These folders are databases of dbranch. What they are is recorded in {}; `dbranch list` shows it.\n",
+            self.0.paths.state_dir().display()
+        );
+        crate::fsx::write_atomic(&file, text.as_bytes(), 0o644, None)
+            .map_err(|e| EngineError::io("write", &file, &e))
     }
 
     async fn open_pool(
@@ -324,6 +340,9 @@ impl Engine {
         }
     }
 }
+
+/// The file that tells a pool from the empty folder it is mounted on.
+const POOL_MARK: &str = ".dbranch";
 
 /// Name of the superuser that the daemon itself logs in as.
 pub(crate) const ADMIN: &str = "dbranch_admin";

@@ -38,9 +38,7 @@ impl Engine {
                     .into_iter()
                     .map(|b| b.id)
                     .collect();
-                self.0
-                    .registry
-                    .set_trashed(&left, Some(SystemTime::now()))?;
+                self.0.registry.set_trashed(&left, SystemTime::now())?;
             } else {
                 let key = Self::main_endpoint(&project);
                 if let Some(record) = self.endpoint_record(&key)? {

@@ -271,21 +271,17 @@ impl Registry {
         })
     }
 
-    /// Moves branches into the trash, or back with `None`, all or none. Endpoints let go of what is trashed.
-    pub fn set_trashed(&self, ids: &[BranchId], at: Option<SystemTime>) -> Result<()> {
+    /// Moves branches into the trash, all or none. Endpoints let go of them.
+    pub fn set_trashed(&self, ids: &[BranchId], at: SystemTime) -> Result<()> {
         self.write(Durability::Disk, |c| {
             for id in ids {
                 c.execute(
                     "UPDATE branches SET trashed_at = ?2 WHERE id = ?1",
-                    params![id.as_str(), at.map(millis)],
+                    params![id.as_str(), millis(at)],
                 )?;
-                if at.is_some() {
+                for column in ["branch", "previous"] {
                     c.execute(
-                        "UPDATE endpoints SET branch = NULL WHERE branch = ?1",
-                        [id.as_str()],
-                    )?;
-                    c.execute(
-                        "UPDATE endpoints SET previous = NULL WHERE previous = ?1",
+                        &format!("UPDATE endpoints SET {column} = NULL WHERE {column} = ?1"),
                         [id.as_str()],
                     )?;
                 }
@@ -653,13 +649,13 @@ mod tests {
             .add_branch(&a_branch(&project, "X"), ports, |_| true)
             .unwrap();
         registry
-            .set_trashed(std::slice::from_ref(&first.id), Some(SystemTime::now()))
+            .set_trashed(std::slice::from_ref(&first.id), SystemTime::now())
             .unwrap();
         registry
             .add_branch(&a_branch(&project, "x"), ports, |_| true)
             .unwrap();
         assert!(
-            registry.set_trashed(&[first.id], None).is_err(),
+            registry.untrash(&first.id, &first.name).is_err(),
             "the name is in use again"
         );
     }
@@ -693,6 +689,113 @@ mod tests {
         let child = registry.add_branch(&child, (1, 9), |_| true).unwrap();
         registry.remove_branch(&parent.id).unwrap();
         assert_eq!(registry.branch(&child.id).unwrap().unwrap().parent, None);
+    }
+
+    #[test]
+    fn changes_of_a_project_take_back_no_other() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        registry
+            .change_project(&project.id, |p| p.allowed_commands = Some("digest".into()))
+            .unwrap();
+        // Whoever read the record before that changes something else.
+        let changed = registry
+            .change_project(&project.id, |p| p.config = "{ }".into())
+            .unwrap()
+            .unwrap();
+        assert_eq!(changed.allowed_commands.as_deref(), Some("digest"));
+        assert_eq!(registry.project(&project.id).unwrap(), Some(changed));
+        assert_eq!(
+            registry
+                .change_project(&ProjectId::random(), |_| ())
+                .unwrap(),
+            None
+        );
+    }
+
+    #[test]
+    fn a_deleted_project_gets_no_branch_and_goes_with_its_last_one() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let branch = registry
+            .add_branch(&a_branch(&project, "main"), (1, 9), |_| true)
+            .unwrap();
+        assert!(!registry.remove_project(&project.id).unwrap(), "it lives");
+        registry
+            .change_project(&project.id, |p| p.deleted_at = Some(time(1)))
+            .unwrap();
+        assert!(matches!(
+            registry.add_branch(&a_branch(&project, "late"), (1, 9), |_| true),
+            Err(RegistryError::ProjectGone)
+        ));
+        assert!(
+            !registry.remove_project(&project.id).unwrap(),
+            "main is left"
+        );
+        registry.remove_branch(&branch.id).unwrap();
+        assert!(registry.remove_project(&project.id).unwrap());
+        assert_eq!(registry.project(&project.id).unwrap(), None);
+    }
+
+    #[test]
+    fn a_parent_that_vanished_is_not_taken_for_a_taken_name() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let mut orphan = a_branch(&project, "x");
+        orphan.parent = Some(BranchId::random());
+        let orphan = registry.add_branch(&orphan, (1, 9), |_| true).unwrap();
+        assert_eq!(registry.branch(&orphan.id).unwrap().unwrap().parent, None);
+    }
+
+    #[test]
+    fn endpoints_never_lead_to_what_is_gone_or_in_the_trash() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let trashed = registry
+            .add_branch(&a_branch(&project, "x"), (1, 9), |_| true)
+            .unwrap();
+        registry
+            .set_trashed(std::slice::from_ref(&trashed.id), time(1))
+            .unwrap();
+        registry
+            .put_endpoint(&EndpointRecord {
+                project: project.id.clone(),
+                git_dir: "/r/.git".into(),
+                branch: Some(trashed.id.clone()),
+                previous: Some(BranchId::random()),
+                head: None,
+            })
+            .unwrap();
+        let found = registry.endpoints(&project.id).unwrap().remove(0);
+        assert_eq!((found.branch, found.previous), (None, None));
+    }
+
+    #[test]
+    fn a_branch_comes_back_from_the_trash_under_a_free_name_only() {
+        let (_dir, registry) = registry();
+        let project = a_project(Path::new("/r/.git"), 15432);
+        registry.put_project(&project).unwrap();
+        let old = registry
+            .add_branch(&a_branch(&project, "x"), (1, 9), |_| true)
+            .unwrap();
+        registry
+            .set_trashed(std::slice::from_ref(&old.id), time(1))
+            .unwrap();
+        registry
+            .add_branch(&a_branch(&project, "x"), (1, 9), |_| true)
+            .unwrap();
+        assert!(matches!(
+            registry.untrash(&old.id, &old.name),
+            Err(RegistryError::NameTaken(_))
+        ));
+        let other = BranchName::new("y").unwrap();
+        registry.untrash(&old.id, &other).unwrap();
+        let back = registry.branch(&old.id).unwrap().unwrap();
+        assert_eq!((back.name, back.trashed_at), (other, None));
     }
 
     #[test]

@@ -143,7 +143,19 @@ impl Native {
         // A child is gone when it was waited for; that its end is known elsewhere
         // must hold before the caller acts on it.
         let mut exit = exit.clone();
-        let _ = tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some)).await;
+        let has_ended = tokio::time::timeout(KILL_GRACE, exit.wait_for(Option::is_some))
+            .await
+            .is_ok();
+        if !has_ended {
+            // Not to be told from a stranger that was given its pid: it is known by its folder.
+            return Err(RuntimeError::failed(
+                format!("stop `{}`", spec.branch_name),
+                format!(
+                    "process {pid} runs on, and {} is not there any more",
+                    spec.data_dir.display()
+                ),
+            ));
+        }
         let data_dir = spec.data_dir.clone();
         blocking(move || {
             end_orphans(&data_dir).map_err(|detail| RuntimeError::failed("stop the server", detail))

@@ -4,3 +4,4 @@ mod checkout;
 mod hooks;
 mod names;
 mod sync;
+mod trouble;
