@@ -175,11 +175,18 @@ async fn answer(
             let text = String::from_utf8_lossy(&line);
             CallError::Unclear(format!("{status}: {}", text.trim()))
         })?;
-        match message {
-            Message::Done(value) => return Ok(value),
-            Message::Failed(failure) => return Err(CallError::Failed(failure)),
-            message => on_message(message),
-        }
+        let outcome = match message {
+            Message::Done(value) => Ok(value),
+            Message::Failed(failure) => Err(CallError::Failed(failure)),
+            message => {
+                on_message(message);
+                continue;
+            }
+        };
+        // To the body's end: hyper closes a connection whose answer was left half read, and
+        // the next request on it would fail.
+        while let Ok(Some(_)) = lines.next().await {}
+        return outcome;
     }
     if status.is_success() {
         Err(CallError::Broken("it ended without an answer".into()))

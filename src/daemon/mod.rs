@@ -97,7 +97,8 @@ async fn serve_until_told(paths: &Paths) -> anyhow::Result<Ended> {
             tokio::time::sleep(TRASH_ROUND).await;
         }
     });
-    engine.follow_all().await;
+    let engine_of_heads = engine.clone();
+    tokio::spawn(async move { engine_of_heads.follow_all().await });
 
     tokio::select! {
         () = stop.cancelled() => {}

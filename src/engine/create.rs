@@ -400,14 +400,13 @@ impl Engine {
         to: &Reporter,
     ) -> Result<CloneMethod> {
         let slot = self.slot(&parent.id);
-        let mut live = slot.turn().await;
+        let live = slot.turn().await;
         let parent = self
             .0
             .registry
             .branch(&parent.id)?
             .filter(|p| p.stage == Stage::Ready)
             .ok_or_else(|| EngineError::refused(format!("branch `{}` is gone", parent.name)))?;
-        self.refuse_what_cannot_be_cloned(&parent).await?;
         let driver = self.driver(&parent).await?;
         let (from, into) = (parent.volume.clone(), child.volume.clone());
         let what = format!("copying {}", parent.name);
@@ -415,6 +414,7 @@ impl Engine {
         let cloner = driver.clone();
         let clone = move |omit: Omit| {
             blocking(move || {
+                postgres::refuse_external(&data_dir(&cloner.volume_path(&from)))?;
                 Ok(cloner.clone_volume(&from, &into, omit, &|done, total| {
                     reporter.progress(&what, done, total);
                 })?)
@@ -422,26 +422,12 @@ impl Engine {
         };
         let method = match (live.is_running(), driver.consistency()) {
             (true, Consistency::Atomic) => {
-                // Without it the clone is right too, only slower to start.
-                let checkpoint = async {
-                    let admin = self.admin(&mut live, &parent).await?;
-                    Ok::<_, EngineError>(admin.checkpoint_if_written().await?)
-                };
-                let why = match tokio::time::timeout(CHECKPOINT_LIMIT, checkpoint).await {
-                    Ok(Ok(_)) => None,
-                    Ok(Err(e)) => Some(e.message),
-                    Err(_) => Some(format!("no answer within {} s", CHECKPOINT_LIMIT.as_secs())),
-                };
-                if let Some(why) = why {
-                    warn!(branch = %parent.name, "checkpoint before a clone: {why}");
-                    // Its answer may come yet, and be taken for another's.
-                    live.forget_admin();
-                }
+                self.checkpoint_if_it_pays(&live, &driver, &parent).await;
                 clone(Omit::NOTHING).await?
             }
             (true, Consistency::NeedsBackup) => {
-                self.admin(&mut live, &parent).await?;
-                let mut backup = answered(&parent, live.take_admin()?.start_backup()).await?;
+                let admin = self.admin(&live, &parent).await?;
+                let mut backup = answered(&parent, admin.start_backup()).await?;
                 let method = clone(Omit(postgres::omit)).await?;
                 self.catch_up(&driver, &parent, child, vec![CONTROL_FILE.into()])
                     .await?;
@@ -453,14 +439,36 @@ impl Engine {
                 blocking(move || Ok(postgres::write_backup_label(&data_dir, &label, owner)?))
                     .await?;
                 self.catch_up(&driver, &parent, child, wal).await?;
-                live.give_admin(backup.end().await?);
+                drop(backup.end().await?);
                 method
             }
             (false, _) => clone(Omit::NOTHING).await?,
         };
-        let volume = driver.volume_path(&child.volume);
-        blocking(move || Ok(postgres::shed(&data_dir(&volume))?)).await?;
         Ok(method)
+    }
+
+    /// Spares the clone a long recovery. Without it the clone is right too, only slower to start.
+    async fn checkpoint_if_it_pays(
+        &self,
+        live: &Live,
+        driver: &Arc<dyn StorageDriver>,
+        parent: &BranchRecord,
+    ) {
+        let data_dir = data_dir(&driver.volume_path(&parent.volume));
+        let checkpoint = async {
+            if postgres::checkpoint_pays(&data_dir)
+                .map_err(|e| EngineError::io("look at the log of", &data_dir, &e))?
+            {
+                self.admin(live, parent).await?.checkpoint().await?;
+            }
+            Ok::<_, EngineError>(())
+        };
+        let why = match tokio::time::timeout(CHECKPOINT_LIMIT, checkpoint).await {
+            Ok(Ok(())) => return,
+            Ok(Err(e)) => e.message,
+            Err(_) => format!("no answer within {} s", CHECKPOINT_LIMIT.as_secs()),
+        };
+        warn!(branch = %parent.name, "checkpoint before a clone: {why}");
     }
 
     async fn catch_up(

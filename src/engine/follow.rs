@@ -58,14 +58,6 @@ pub struct Followed {
     pub notes: Vec<String>,
 }
 
-impl Followed {
-    fn did_nothing(&self) -> bool {
-        self.created.is_none()
-            && self.renamed.is_none()
-            && !self.switched.as_ref().is_some_and(|s| s.changed)
-    }
-}
-
 /// Whether HEAD is acted on when it is the same as last time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Urge {
@@ -78,6 +70,13 @@ pub enum Urge {
 impl Endpoint {
     pub(super) fn set(&self, branch: Option<BranchId>) {
         self.active.send_replace(branch);
+    }
+
+    fn still_shows(&self, outcome: &Followed) -> bool {
+        outcome
+            .switched
+            .as_ref()
+            .is_none_or(|s| self.active.borrow().as_ref() == Some(&s.branch.id))
     }
 }
 
@@ -171,9 +170,14 @@ impl Engine {
         {
             return Ok(outcome);
         }
-        let unreported = turn
-            .take()
-            .filter(|u| u.head == seen && u.since.elapsed() < REPORT_WITHIN);
+        // The watcher was quicker, and nothing has changed since: the hook only has to tell.
+        if let Some(done) = turn.take()
+            && done.head == seen
+            && done.since.elapsed() < REPORT_WITHIN
+            && endpoint.still_shows(&done.outcome)
+        {
+            return Ok(done.outcome);
+        }
         let name = match head {
             Head::Branch(name) | Head::Unborn(name) => name,
             Head::Detached(_) => {
@@ -224,10 +228,6 @@ impl Engine {
                 outcome: outcome.clone(),
                 since: Instant::now(),
             });
-        } else if let Some(unreported) = unreported
-            && outcome.did_nothing()
-        {
-            return Ok(unreported.outcome);
         }
         Ok(outcome)
     }
@@ -409,13 +409,10 @@ impl Engine {
                     .hint("dbranch list"),
             );
         }
-        self.keep_admin(branch);
+        self.wake_in_background(&branch.id);
         let mut previous = None;
         if let (true, Some(old)) = (changed, old_branch) {
             previous = self.0.registry.branch(&old)?.map(|b| b.name);
-            if !self.shown_anywhere(&old) {
-                self.release_admin(&old);
-            }
         }
         if changed {
             info!(branch = %branch.name, from = previous.as_ref().map_or("nothing", BranchName::as_str), "switched");

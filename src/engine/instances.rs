@@ -43,26 +43,9 @@ pub(super) struct Slot {
 #[derive(Debug, Default)]
 pub(super) struct Live {
     instance: Option<(Runtime, InstanceSpec, Instance)>,
-    /// Kept open while an endpoint shows the branch, so that a checkout need not log in first.
-    admin: Option<Admin>,
 }
 
 impl Live {
-    /// Hands out the administrator's connection, which a backup uses up.
-    pub(super) fn take_admin(&mut self) -> Result<Admin> {
-        self.admin
-            .take()
-            .ok_or_else(|| EngineError::bug("the administrator is not logged in"))
-    }
-
-    pub(super) fn forget_admin(&mut self) {
-        self.admin = None;
-    }
-
-    pub(super) fn give_admin(&mut self, admin: Admin) {
-        self.admin = Some(admin);
-    }
-
     pub(super) fn is_running(&self) -> bool {
         self.instance.is_some()
     }
@@ -247,6 +230,11 @@ impl Engine {
         let project = self.project_of(branch)?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
         Self::refuse_other_major(branch, &spec.data_dir)?;
+        // Not while git waited for the clone: unlinking right after a snapshot may stall.
+        if !branch.started_once && runtime.find(&spec).await?.is_none() {
+            let data_dir = spec.data_dir.clone();
+            super::blocking(move || Ok(postgres::shed(&data_dir)?)).await?;
+        }
         self.write_conf(&project, branch, &runtime).await?;
         let instance = runtime.start(&spec).await?;
         let mut exit = instance.exit.clone();
@@ -276,7 +264,6 @@ impl Engine {
         let address = instance.address.clone();
         info!(branch = %branch.name, runtime = %runtime.kind(), ms = begun.elapsed().as_millis(), "instance is ready");
         live.instance = Some((runtime, spec, instance.clone()));
-        live.admin = None;
         slot.state
             .send_replace(InstanceState::Running(address.clone()));
         Self::watch_exit(slot, branch, &instance);
@@ -323,7 +310,6 @@ impl Engine {
             let Some((runtime, spec, _)) = live.instance.take() else {
                 return;
             };
-            live.admin = None;
             let said = runtime.log_tail(&spec, 20).await;
             let reason = format!(
                 "postgres of branch `{}` ended: {}{}",
@@ -349,7 +335,6 @@ impl Engine {
         live: &mut Live,
         mode: StopMode,
     ) -> Result<bool> {
-        live.admin = None;
         let Some((runtime, spec, instance)) = live.instance.take() else {
             slot.state.send_replace(InstanceState::Stopped);
             return Ok(false);
@@ -401,53 +386,15 @@ impl Engine {
         Ok(true)
     }
 
-    /// The administrator's connection to a running instance, opened when there is none.
-    pub(super) async fn admin<'a>(
-        &self,
-        live: &'a mut Live,
-        branch: &BranchRecord,
-    ) -> Result<&'a mut Admin> {
-        let Live { instance, admin } = live;
-        if admin.as_ref().is_none_or(Admin::is_closed) {
-            let (_, _, instance) = instance.as_ref().ok_or_else(|| {
-                EngineError::bug(format!("branch `{}` does not run", branch.name))
-            })?;
-            let password = self.password(&branch.project, Secret::Admin)?;
-            *admin = Some(Admin::connect(&instance.address, ADMIN, "postgres", &password).await?);
-        }
-        Ok(admin
-            .as_mut()
-            .expect("it was set above when it was missing"))
-    }
-
-    /// Opens the administrator's connection ahead of the next checkout, which will need it.
-    pub(super) fn keep_admin(&self, branch: &BranchRecord) {
-        let (engine, branch) = (self.clone(), branch.clone());
-        self.0.tasks.spawn(async move {
-            if engine.wake(&branch.id).await.is_ok() {
-                let slot = engine.slot(&branch.id);
-                let mut live = slot.turn().await;
-                if live.is_running()
-                    && let Err(e) = engine.admin(&mut live, &branch).await
-                {
-                    warn!(branch = %branch.name, "log in as administrator: {e}");
-                }
-            }
-        });
-    }
-
-    pub(super) fn keep_admin_if_running(&self, branch: &BranchRecord) {
-        if matches!(self.slot(&branch.id).state(), InstanceState::Running(_)) {
-            self.keep_admin(branch);
-        }
-    }
-
-    /// Closes the administrator's connection: an idle one costs the instance a process.
-    pub(super) fn release_admin(&self, id: &BranchId) {
-        let slot = self.slot(id);
-        self.0
-            .tasks
-            .spawn(async move { slot.turn().await.admin = None });
+    /// Logs in to a running instance as administrator. Not kept: an idle session would cost
+    /// the instance a process and the branch the relation cache of one more database.
+    pub(super) async fn admin(&self, live: &Live, branch: &BranchRecord) -> Result<Admin> {
+        let (_, _, instance) = live
+            .instance
+            .as_ref()
+            .ok_or_else(|| EngineError::bug(format!("branch `{}` does not run", branch.name)))?;
+        let password = self.password(&branch.project, Secret::Admin)?;
+        Ok(Admin::connect(&instance.address, ADMIN, "postgres", &password).await?)
     }
 
     pub(super) async fn instance_spec(
@@ -514,11 +461,6 @@ impl Engine {
         self.0.registry.project(&branch.project)?.ok_or_else(|| {
             EngineError::bug(format!("branch `{}` belongs to no project", branch.name))
         })
-    }
-
-    pub(super) async fn refuse_what_cannot_be_cloned(&self, branch: &BranchRecord) -> Result<()> {
-        let volume = self.driver(branch).await?.volume_path(&branch.volume);
-        super::blocking(move || Ok(postgres::refuse_external(&data_dir(&volume))?)).await
     }
 }
 

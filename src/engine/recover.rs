@@ -113,9 +113,6 @@ impl Engine {
         }
         if branch.trashed_at.is_none() {
             self.publish(branch).await;
-            if self.shown_anywhere(&branch.id) {
-                self.keep_admin_if_running(branch);
-            }
         }
     }
 

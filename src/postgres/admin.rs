@@ -13,11 +13,6 @@ use super::WAL_FOLDER;
 /// How long connecting may take, authentication included.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
-/// From this much WAL since the last checkpoint on, a checkpoint takes less time
-/// than the clone's recovery would (measured: equal at about 12 MiB, a third
-/// quicker at 32 MiB), and leaves the clone less to rewrite.
-pub const CHECKPOINT_FROM_WAL_BYTES: u64 = 16 << 20;
-
 /// Why a server could not be asked, or what it answered instead.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
@@ -189,29 +184,6 @@ impl Admin {
     /// Makes a checkpoint.
     pub async fn checkpoint(&self) -> Result<(), AdminError> {
         self.run("write a checkpoint", "CHECKPOINT").await
-    }
-
-    /// Makes a checkpoint if that pays: see [`CHECKPOINT_FROM_WAL_BYTES`]. Says
-    /// whether it did. Without one it costs one query.
-    pub async fn checkpoint_if_written(&self) -> Result<bool, AdminError> {
-        if self.wal_since_checkpoint().await? < CHECKPOINT_FROM_WAL_BYTES {
-            return Ok(false);
-        }
-        self.checkpoint().await?;
-        Ok(true)
-    }
-
-    /// Bytes of WAL since the last checkpoint began, which a clone would replay.
-    pub async fn wal_since_checkpoint(&self) -> Result<u64, AdminError> {
-        const ACTION: &str = "compare WAL positions";
-        let row = self
-            .row(
-                ACTION,
-                "SELECT (pg_catalog.pg_current_wal_insert_lsn() - redo_lsn)::bigint \
-                 FROM pg_catalog.pg_control_checkpoint()",
-            )
-            .await?;
-        parse(ACTION, &row)
     }
 
     /// Begins a base backup: from here on the cluster may be copied while it runs.

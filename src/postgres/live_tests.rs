@@ -81,8 +81,8 @@ async fn a_role_and_its_database_are_set_up_once_and_again() {
 }
 
 #[tokio::test]
-async fn a_checkpoint_is_written_only_when_it_pays() {
-    let Some(programs) = programs("a_checkpoint_is_written_only_when_it_pays") else {
+async fn a_checkpoint_pays_after_two_files_of_wal_and_not_before() {
+    let Some(programs) = programs("a_checkpoint_pays_after_two_files_of_wal_and_not_before") else {
         return;
     };
     let folder = programs.folder(None);
@@ -91,17 +91,17 @@ async fn a_checkpoint_is_written_only_when_it_pays() {
     programs.init(&data, &password);
     let server = programs.start(&data).await;
     let admin = server.admin(&password).await;
-    assert!(!admin.checkpoint_if_written().await.unwrap());
+    assert!(!checkpoint_pays(&data).unwrap());
     connect(&server, &password)
         .await
         .batch_execute(
-            "CREATE TABLE big AS SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i",
+            "CREATE TABLE big AS SELECT i, repeat('x', 200) FROM generate_series(1, 250000) i",
         )
         .await
         .unwrap();
-    assert!(admin.wal_since_checkpoint().await.unwrap() >= CHECKPOINT_FROM_WAL_BYTES);
-    assert!(admin.checkpoint_if_written().await.unwrap());
-    assert!(!admin.checkpoint_if_written().await.unwrap());
+    assert!(checkpoint_pays(&data).unwrap());
+    admin.checkpoint().await.unwrap();
+    assert!(!checkpoint_pays(&data).unwrap());
 }
 
 #[tokio::test]

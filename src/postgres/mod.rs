@@ -24,13 +24,14 @@ mod conf;
 mod pid_file;
 mod probe;
 mod query;
+mod wal;
 
 #[cfg(test)]
 mod live_tests;
 #[cfg(test)]
 mod test_server;
 
-pub use admin::{Admin, AdminError, Backup, BackupLabel, CHECKPOINT_FROM_WAL_BYTES};
+pub use admin::{Admin, AdminError, Backup, BackupLabel};
 pub use cluster::{
     CONTROL_FILE, ClusterError, DATA_FOLDER, WAL_FOLDER, major, omit, refuse_external, shed,
     write_backup_label,
@@ -39,3 +40,4 @@ pub use conf::{BadSetting, Conf, Listen, check_setting, check_settings};
 pub use pid_file::{PidFile, Status};
 pub use probe::wait_ready;
 pub use query::query;
+pub use wal::checkpoint_pays;

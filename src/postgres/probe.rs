@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{PidFile, Status};
 
 const SHORTEST: Duration = Duration::from_millis(1);
-const LONGEST: Duration = Duration::from_millis(25);
+const LONGEST: Duration = Duration::from_millis(5);
 /// Most servers are up by then, at one look a millisecond.
 const QUICK_LOOKS: u32 = 100;
 

@@ -34,14 +34,10 @@ impl Args {
 
 /// Starts the daemon in the background.
 pub(crate) fn run(cx: &Context, _: &Args) -> Result<ExitStatus, Report> {
-    let running = match Client::connect(&cx.paths)? {
-        // One that breaks off is dying.
-        Some(client) => ping(client).ok(),
-        None => None,
-    };
-    let (info, word) = match running {
-        Some(info) => (info, "already runs"),
-        None => (
+    let (info, word) = match Client::connect(&cx.paths)?.map(ping) {
+        Some(Ok(info)) => (info, "already runs"),
+        // One that ends just now is none.
+        Some(Err(_)) | None => (
             ping(context::start(&cx.paths, context::START_LIMIT)?)?,
             "started",
         ),
