@@ -92,8 +92,9 @@ pub enum Request {
     Url { at: At, name: Option<BranchName> },
     /// Answer: [`LogInfo`].
     Logs { at: At, name: Option<BranchName> },
-    /// Lets the config's commands, as they are now, run. Answer: [`Allowed`].
-    Allow { at: At },
+    /// Lets the config's commands run, if they still have this digest: what the user was shown
+    /// is what is allowed. Answer: [`Allowed`].
+    Allow { at: At, digest: String },
     /// From a git hook: HEAD of the worktree may have moved. Answer: [`HookOutcome`].
     Hook { at: At },
     /// Answer: array of [`Finding`].

@@ -148,9 +148,9 @@ pub(super) fn is_marked(location: &Location) -> bool {
     location.common_dir.join("dbranch/project").is_file()
 }
 
-/// The project's file: this worktree's, else the main one's.
+/// The project's file: the main worktree's, as for the daemon, else this one's.
 pub(super) fn config_file(location: &Location) -> Option<PathBuf> {
-    [&location.worktree, &location.main_worktree]
+    [&location.main_worktree, &location.worktree]
         .into_iter()
         .flatten()
         .map(|top| top.join(FILE_NAME))

@@ -221,8 +221,8 @@ impl Requests {
                     branch: branch.name,
                 })
             }
-            Request::Allow { at } => {
-                let (after_create, after_switch) = engine.allow(&place(at))?;
+            Request::Allow { at, digest } => {
+                let (after_create, after_switch) = engine.allow(&place(at), &digest)?;
                 json(Allowed {
                     after_create,
                     after_switch,

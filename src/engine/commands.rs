@@ -17,11 +17,17 @@ pub(super) const NOT_ALLOWED: &str =
     "the config's commands are not allowed yet: review them with `dbranch allow`";
 
 impl Engine {
-    /// Allows the config's commands as they are now; returns them.
-    pub fn allow(&self, location: &Location) -> Result<(Vec<String>, Vec<String>)> {
+    /// Allows the config's commands if their digest is still that of those shown; returns them.
+    pub fn allow(&self, location: &Location, shown: &str) -> Result<(Vec<String>, Vec<String>)> {
         let project = self.project_at(location)?;
         let config = Self::config(&project)?;
         let digest = config.commands_digest();
+        if digest != shown {
+            return Err(
+                EngineError::refused("the commands are not those that were shown")
+                    .hint("look at them again: dbranch allow"),
+            );
+        }
         self.0
             .registry
             .change_project(&project.id, |p| p.allowed_commands = Some(digest))?;

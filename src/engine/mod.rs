@@ -23,6 +23,7 @@ mod instances;
 mod parent;
 mod project;
 mod recover;
+mod root;
 mod view;
 
 use std::collections::HashMap;
@@ -35,7 +36,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::task::TaskTracker;
 
-pub use create::{Created, InitRequest};
+pub use create::Created;
 pub use delete::{DeletedBranch, TRASH_KEEPS};
 pub use doctor::{Check, Level};
 pub use error::{EngineError, Kind};
@@ -43,6 +44,7 @@ pub use follow::{Followed, Switched, Target, Urge};
 pub use instances::{InstanceState, Lease, Served};
 pub use project::Registered;
 pub use recover::Reconciled;
+pub use root::InitRequest;
 pub use view::{BranchView, Credentials, PoolView, UsageView};
 
 use crate::config::{Machine, Paths, ProjectConfig};

@@ -1,6 +1,6 @@
 use anyhow::anyhow;
 
-use crate::api::types::{Allowed, Request};
+use crate::api::types::Request;
 use crate::cli::context::{self, Context};
 use crate::cli::report::{ExitStatus, Report};
 use crate::config::{FILE_NAME, ProjectConfig};
@@ -29,7 +29,9 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
         Report::new(ExitStatus::Config, anyhow!("there is no {FILE_NAME} here"))
             .hint("make it with `dbranch init`")
     })?;
-    let commands = ProjectConfig::load(&file)?.commands;
+    let config = ProjectConfig::load(&file)?;
+    let digest = config.commands_digest();
+    let commands = config.commands;
     if commands.is_empty() {
         cx.ui
             .status(format_args!("{} has no commands", file.display()));
@@ -52,14 +54,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
         cx.ui
             .confirm("these commands will run with your rights", args.yes)?;
     }
-    let value = cx.call(&Request::Allow { at })?;
-    let allowed: Allowed = crate::api::client::decode(value.clone())?;
-    if (&allowed.after_create, &allowed.after_switch)
-        != (&commands.after_create, &commands.after_switch)
-    {
-        cx.ui
-            .warn("the commands changed meanwhile: look at them with `dbranch allow` again");
-    }
+    let value = cx.call(&Request::Allow { at, digest })?;
     if cx.ui.json {
         cx.ui.answer_json(&value)?;
     } else {
