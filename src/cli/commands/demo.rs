@@ -192,7 +192,7 @@ impl Stage {
         self.dbranch(&["init", "--yes", "--name", "shop", "--proxy-port", &port])
             .await?;
         let begun = Instant::now();
-        let created = self.init_postgres().await?;
+        let (created, notes) = self.init_postgres().await?;
         t.init_postgres_ms = millis(begun);
         t.storage.clone_from(&created.storage);
         t.runtime.clone_from(&created.runtime);
@@ -201,7 +201,7 @@ impl Stage {
         say(
             cx,
             format!(
-                "  main: PostgreSQL {}, {} runtime, {} storage: {}\n  {url}",
+                "  main: PostgreSQL {}, {} runtime, {} storage: {}{notes}\n  {url}",
                 created.postgres_version,
                 created.runtime,
                 created.storage,
@@ -286,21 +286,25 @@ impl Stage {
         Ok(())
     }
 
-    /// Native postgres where there is one, unless the user says otherwise.
-    async fn init_postgres(&self) -> anyhow::Result<Created> {
+    /// Native postgres where there is one, unless the user says otherwise. With what was noted,
+    /// such as why branches are full copies here.
+    async fn init_postgres(&self) -> anyhow::Result<(Created, String)> {
         let arguments = ["init-postgres", "--json"];
-        if std::env::var_os("DBRANCH_RUNTIME").is_some() {
-            return Ok(serde_json::from_str(&self.dbranch(&arguments).await?)?);
+        let mut made = Err(anyhow!("DBRANCH_RUNTIME decides"));
+        if std::env::var_os("DBRANCH_RUNTIME").is_none() {
+            let native = [&arguments[..], &["--runtime", "native"]].concat();
+            made = self.run(&self.program, &native).await;
         }
-        let native = [&arguments[..], &["--runtime", "native"]].concat();
-        let answer = match self.dbranch(&native).await {
-            Ok(answer) => answer,
+        let (answer, said) = match made {
+            Ok(made) => made,
             Err(no_native) => self
-                .dbranch(&arguments)
+                .run(&self.program, &arguments)
                 .await
                 .map_err(|e| anyhow!("{e}; {no_native}"))?,
         };
-        Ok(serde_json::from_str(&answer)?)
+        let notes = said.lines().filter(|line| line.starts_with("note:"));
+        let notes: Vec<_> = notes.map(|line| format!("\n  {line}")).collect();
+        Ok((serde_json::from_str(&answer)?, notes.concat()))
     }
 
     /// Takes everything down. Runs whatever happened before.
