@@ -11,6 +11,7 @@ const STEPS: &[&str] = &["
         common_dir       TEXT NOT NULL UNIQUE,
         config           TEXT NOT NULL,
         proxy_port       INTEGER NOT NULL UNIQUE,
+        last_port        INTEGER NOT NULL DEFAULT 0,
         allowed_commands TEXT,
         created_at       INTEGER NOT NULL,
         deleted_at       INTEGER

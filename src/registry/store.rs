@@ -224,9 +224,20 @@ impl Registry {
                 return Err(RegistryError::ProjectGone);
             }
             let taken: Vec<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?;
-            let port = (ports.0..=ports.1)
+            // In a circle: the URL of a branch that is no more shall not reach the next one.
+            let last: u16 = c.query_row(
+                "SELECT last_port FROM projects WHERE id = ?1",
+                [new.project.as_str()],
+                |row| row.get(0),
+            )?;
+            let port = (ports.0.max(last.saturating_add(1))..=ports.1)
+                .chain(ports.0..=ports.1)
                 .find(|port| !taken.contains(port) && usable(*port))
                 .ok_or(RegistryError::NoPort { min: ports.0, max: ports.1 })?;
+            c.execute(
+                "UPDATE projects SET last_port = ?2 WHERE id = ?1",
+                params![new.project.as_str(), port],
+            )?;
             c.prepare_cached(
                 "INSERT INTO branches (id, project, name, parent, stage, volume, driver, pool, port, started_once,
                                        created_at, trashed_at, runtime, programs, major)

@@ -125,6 +125,22 @@ fn ports_in_use_are_passed_over_until_none_is_left() {
 }
 
 #[test]
+fn the_port_of_a_destroyed_branch_is_the_last_to_be_given_away_again() {
+    let (_dir, registry) = registry();
+    let project = a_project(Path::new("/r/.git"), 15432);
+    registry.put_project(&project).unwrap();
+    let add = |name: &str| {
+        registry
+            .add_branch(&a_branch(&project, name), (15500, 15502), |_| true)
+            .unwrap()
+    };
+    let (first, second) = (add("a"), add("b"));
+    registry.remove_branch(&first.id).unwrap();
+    registry.remove_branch(&second.id).unwrap();
+    assert_eq!([add("c").port, add("d").port], [15502, 15500]);
+}
+
+#[test]
 fn destroying_a_parent_leaves_its_children() {
     let (_dir, registry) = registry();
     let project = a_project(Path::new("/r/.git"), 15432);
