@@ -14,8 +14,11 @@ use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::{Instance, InstanceSpec, Limits, Runtime, StopMode};
 use crate::types::{BackendAddress, BranchId, BranchName};
 
-/// How long a start may take. Recovery after a crash replays up to `max_wal_size` of log.
-const START_LIMIT: Duration = Duration::from_secs(300);
+/// How long a start may take. It is generous: recovery after a crash replays up to `max_wal_size` of
+/// log, and one that is cut off begins anew.
+const START_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// How long the daemon's own start waits for an instance that it found starting.
+const ADOPT_LIMIT: Duration = Duration::from_secs(5);
 
 /// What is known of a branch's instance.
 #[derive(Debug, Clone)]
@@ -375,7 +378,13 @@ impl Engine {
         };
         let mut exit = instance.exit.clone();
         tokio::select! {
-            _ = tokio::time::timeout(START_LIMIT, postgres::wait_ready(&spec.data_dir)) => {}
+            ready = tokio::time::timeout(ADOPT_LIMIT, postgres::wait_ready(&spec.data_dir)) => {
+                if ready.is_err() {
+                    // In recovery, perhaps: whoever needs the branch waits for it, not the daemon.
+                    self.wake_in_background(&branch.id);
+                    return Ok(false);
+                }
+            }
             _ = exit.wait_for(Option::is_some) => return Ok(false),
         }
         slot.state
