@@ -104,6 +104,22 @@ fn a_rebase_ends_on_the_branch_it_rebased() {
 }
 
 #[test]
+fn a_renamed_git_branch_keeps_its_database() {
+    let Some(env) = TestEnv::ready() else { return };
+    let _ = env.git(&["checkout", "-q", "-b", "old"]).ok();
+    env.sql("create table only_here()");
+    let id = env.show("old")["id"].clone();
+    // git runs no hook for it: the watcher sees HEAD change.
+    let _ = env.git(&["branch", "-m", "old", "new"]).ok();
+    wait_until(LIMIT, "the database has the new name", || {
+        env.branches() == ["main", "new"]
+    });
+    assert_eq!(env.show("new")["id"], id);
+    assert_eq!(env.active(), "new");
+    env.sql("table only_here");
+}
+
+#[test]
 fn a_switch_without_hooks_is_seen_by_the_watcher() {
     let Some(env) = TestEnv::ready() else { return };
     env.sql("create table t as select 'main' as v");
