@@ -50,6 +50,22 @@ fn hermetic(home: &Path, dir: &Path, arguments: &[&str]) -> Command {
     command
 }
 
+/// Gives a program that this process wrote to another file of the same name and bytes. A child
+/// that a test beside this one has just forked may hold the written one open for
+/// writing, and nobody could run it (`ETXTBSY`, execve(2)).
+pub(super) fn settle(program: &Path) {
+    let is_file = program
+        .symlink_metadata()
+        .is_ok_and(|metadata| metadata.is_file());
+    if is_file {
+        let copied = Command::new("sh")
+            .args(["-c", "cp -p \"$0\" \"$0.new\" && mv \"$0.new\" \"$0\""])
+            .arg(program)
+            .status();
+        assert!(copied.is_ok_and(|status| status.success()));
+    }
+}
+
 pub(super) struct TestRepo {
     /// The folder around everything, canonical; the repository is `repo` in it.
     pub(super) dir: PathBuf,
@@ -116,6 +132,7 @@ impl TestRepo {
     }
 
     pub(super) fn command(&self, folder: &str, arguments: &[&str]) -> Command {
+        settle(&self.git_dir().join("hooks/post-checkout"));
         hermetic(&self.dir, &self.dir.join(folder), arguments)
     }
 

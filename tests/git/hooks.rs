@@ -25,6 +25,15 @@ fn write_hook(env: &TestEnv, text: &str) -> PathBuf {
     fs::create_dir_all(hook.parent().expect("a folder")).expect("ours");
     fs::write(&hook, text).expect("ours");
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).expect("ours");
+    // Another file of the same bytes: a child forked by a test beside this one may hold the written
+    // one open, and git could not run it (`ETXTBSY`, execve(2)).
+    let copy = hook.with_extension("new");
+    let copied = std::process::Command::new("cp")
+        .arg("-p")
+        .args([&hook, &copy])
+        .status();
+    assert!(copied.is_ok_and(|status| status.success()), "cp copies");
+    fs::rename(copy, &hook).expect("ours");
     hook
 }
 

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;
-use crate::git::testing::TestRepo;
+use crate::git::testing::{TestRepo, settle};
 
 /// Every path below a folder, with what it is: mode and bytes, or link target.
 fn snapshot(folder: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
@@ -33,6 +33,7 @@ fn put(path: &Path, text: &str, mode: u32) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, text).unwrap();
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    settle(path);
 }
 
 /// A program in the place of dbranch that notes how it was called, what it can
@@ -292,6 +293,7 @@ fn the_rest_of_the_hook_keeps_its_standard_input() {
     put(&path, "#!/bin/sh\ncat\n", 0o755);
     let fake = fake_dbranch(&repo);
     install(&repo.location(), Some(&fake)).unwrap();
+    settle(&path);
     let mut hook = std::process::Command::new(&path)
         .args(["a", "b", "1"])
         .stdin(std::process::Stdio::piped())
