@@ -367,13 +367,24 @@ impl TestEnv {
         found
     }
 
-    /// The servers that run here: `postgres -D` processes, not their children.
+    /// The servers that run here: `postgres -D` processes, not their children, which bear the
+    /// same name for a moment after their fork.
     pub(crate) fn servers(&self) -> usize {
-        self.folders()
+        let found: Vec<_> = self
+            .folders()
             .iter()
             .flat_map(|dir| processes_in(dir))
             .filter(|p| p.command.contains("postgres") && p.command.contains("-D"))
-            .count()
+            .collect();
+        let is_child = |pid: u32| {
+            // The parent's pid is the second field behind the name (proc(5)).
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let parent = stat.rsplit(") ").next().and_then(|s| s.split(' ').nth(1));
+            found
+                .iter()
+                .any(|p| parent == Some(p.pid.to_string().as_str()))
+        };
+        found.iter().filter(|p| !is_child(p.pid)).count()
     }
 
     pub(crate) fn containers(&self) -> Vec<String> {
