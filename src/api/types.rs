@@ -297,7 +297,11 @@ pub struct StatusInfo {
     pub branch: Option<BranchName>,
     /// What git has checked out here; none when detached.
     pub git_branch: Option<String>,
+    /// Where this worktree's connections go.
     pub proxy_port: u16,
+    /// The linked worktree that was asked from; none in the main one.
+    #[serde(default)]
+    pub worktree: Option<PathBuf>,
     pub daemon: DaemonRef,
     pub state: Option<BranchState>,
     pub branches: usize,

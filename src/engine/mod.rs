@@ -25,6 +25,7 @@ mod project;
 mod recover;
 mod root;
 mod view;
+mod worktrees;
 
 use std::collections::HashMap;
 use std::future::Future;

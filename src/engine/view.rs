@@ -147,23 +147,14 @@ impl Engine {
         }
     }
 
-    /// The branch that a place's connections reach: in the main worktree what the endpoint
-    /// shows, in a linked one the branch of its HEAD.
+    /// The branch that a place's connections reach: what its worktree's endpoint shows.
     pub fn shown_at(
         &self,
         project: &ProjectRecord,
         location: &Location,
     ) -> Result<Option<BranchRecord>> {
-        if location.is_linked_worktree() {
-            return match git::head(&location.git_dir)? {
-                Head::Branch(name) | Head::Unborn(name) => {
-                    Ok(self.0.registry.branch_named(&project.id, &name)?)
-                }
-                Head::Detached(_) => Ok(None),
-            };
-        }
         match self
-            .endpoint_record(&Self::main_endpoint(project))?
+            .endpoint_record(&Self::endpoint_at(project, location))?
             .and_then(|r| r.branch)
         {
             Some(id) => Ok(self.0.registry.branch(&id)?),
@@ -182,15 +173,23 @@ impl Engine {
             let branch = self.must_find(&project, name).await?;
             return Ok((self.credentials(&project, branch.port)?, Some(branch)));
         }
-        let shown = self.shown_at(&project, location)?;
-        let port = match &shown {
-            Some(branch) if location.is_linked_worktree() => branch.port,
-            _ => project.proxy_port,
-        };
         if self.live_branches(&project)?.is_empty() {
             return Err(EngineError::no_root());
         }
+        let port = self.port_at(&project, location).await?;
+        let shown = self.shown_at(&project, location)?;
         Ok((self.credentials(&project, port)?, shown))
+    }
+
+    /// The port that shows what a place's worktree has checked out.
+    pub async fn port_at(&self, project: &ProjectRecord, location: &Location) -> Result<u16> {
+        if !location.is_linked_worktree() {
+            return Ok(project.proxy_port);
+        }
+        let endpoint = self.worktree_endpoint(project, location).await?;
+        endpoint
+            .port
+            .ok_or_else(|| EngineError::bug("an endpoint without a port"))
     }
 
     /// [`Engine::connect_info`] of an address that really listens; the error says who else has the port.
@@ -202,6 +201,8 @@ impl Engine {
         let (credentials, branch) = self.connect_info(location, name).await?;
         match &branch {
             Some(branch) if branch.port == credentials.port => self.try_publish(branch).await?,
+            // Opened by asking for its port.
+            _ if location.is_linked_worktree() => {}
             _ => self.listen(&self.project_at(location)?).await?,
         }
         Ok((credentials, branch))
@@ -280,6 +281,7 @@ impl Engine {
         if let Err(e) = self.listen(project).await {
             notes.push(e.message);
         }
+        notes.extend(self.worktree_note(project, location));
         let shown = self.shown_at(project, location)?;
         match git::head(&location.git_dir)? {
             Head::Detached(_) => {

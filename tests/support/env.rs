@@ -281,21 +281,16 @@ impl TestEnv {
 
     #[track_caller]
     pub(crate) fn psql(&self, url: &str, sql: &str) -> Output {
-        self.run(
-            "psql",
-            &[
-                "-X",
-                "-q",
-                "-A",
-                "-t",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                url,
-                "-c",
-                sql,
-            ],
-        )
+        self.psql_in(&self.path("elsewhere"), url, sql)
+    }
+
+    /// Runs psql in a folder.
+    #[track_caller]
+    pub(crate) fn psql_in(&self, dir: &Path, url: &str, sql: &str) -> Output {
+        let mut psql = self.command("psql", dir);
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"])
+            .args(["-d", url, "-c", sql]);
+        process::run(psql, COMMAND_LIMIT)
     }
 
     /// A psql that stays connected.
