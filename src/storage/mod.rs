@@ -15,7 +15,9 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
+mod files;
 mod pool;
+mod reflink;
 mod usage;
 
 pub use detect::open;
@@ -27,15 +29,18 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DriverKind {
     Btrfs,
+    Reflink,
     Copy,
 }
 
 impl DriverKind {
-    pub const ALL: [Self; 2] = [Self::Btrfs, Self::Copy];
+    /// The best first: so `auto` tries them.
+    pub const ALL: [Self; 3] = [Self::Btrfs, Self::Reflink, Self::Copy];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
+            Self::Reflink => "reflink",
             Self::Copy => "copy",
         }
     }
@@ -54,9 +59,8 @@ impl FromStr for DriverKind {
             .into_iter()
             .find(|k| k.as_str() == s)
             .ok_or_else(|| {
-                Invalid(format!(
-                    "`{s}` is no storage driver; there are btrfs and copy"
-                ))
+                let names = Self::ALL.map(Self::as_str).join(", ");
+                Invalid(format!("`{s}` is no storage driver; there are {names}"))
             })
     }
 }
@@ -68,6 +72,14 @@ pub enum Choice {
     Auto,
     /// This one or an error.
     Driver(DriverKind),
+}
+
+impl Choice {
+    /// All that can be chosen, for messages: `auto, btrfs, copy`.
+    pub fn names() -> String {
+        let drivers = DriverKind::ALL.map(DriverKind::as_str);
+        format!("auto, {}", drivers.join(", "))
+    }
 }
 
 impl FromStr for Choice {
@@ -92,7 +104,7 @@ pub enum Consistency {
     NeedsBackup,
 }
 
-/// How a clone was made, for messages: "btrfs snapshot", "copy of 1.2 GiB (blocks shared)".
+/// How a clone was made, for messages: "btrfs snapshot", "reflink of 1,302 files, 1.2 GiB shared".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloneMethod {
     BtrfsSnapshot,
@@ -100,9 +112,12 @@ pub enum CloneMethod {
     FullCopy {
         bytes: u64,
     },
-    /// File by file, but the file system shares the blocks.
-    SharedCopy {
-        bytes: u64,
+    /// File by file, sharing blocks.
+    Reflink {
+        files: u64,
+        shared_bytes: u64,
+        /// Of files for which the file system refused to share.
+        written_bytes: u64,
     },
 }
 
@@ -111,8 +126,32 @@ impl fmt::Display for CloneMethod {
         match self {
             Self::BtrfsSnapshot => f.write_str("btrfs snapshot"),
             Self::FullCopy { bytes } => write!(f, "copy of {}", Bytes(*bytes)),
-            Self::SharedCopy { bytes } => write!(f, "copy of {} (blocks shared)", Bytes(*bytes)),
+            Self::Reflink {
+                files,
+                shared_bytes,
+                written_bytes,
+            } => {
+                let noun = if *files == 1 { "file" } else { "files" };
+                write!(f, "reflink of {} {noun}, ", Thousands(*files))?;
+                write!(f, "{} shared", Bytes(*shared_bytes))?;
+                if *written_bytes > 0 {
+                    write!(f, ", {} copied", Bytes(*written_bytes))?;
+                }
+                Ok(())
+            }
         }
+    }
+}
+
+/// A number for messages: `1,302`.
+struct Thousands(u64);
+
+impl fmt::Display for Thousands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 < 1000 {
+            return write!(f, "{}", self.0);
+        }
+        write!(f, "{},{:03}", Self(self.0 / 1000), self.0 % 1000)
     }
 }
 
@@ -175,6 +214,14 @@ pub enum StorageError {
         needed_bytes: u64,
         free_bytes: u64,
     },
+    /// The file system was full in the middle of it.
+    #[error("no room left in {} ({} free) to {action} {}", pool.display(), Bytes(*free_bytes), path.display())]
+    Full {
+        action: &'static str,
+        path: PathBuf,
+        pool: PathBuf,
+        free_bytes: u64,
+    },
     #[error("no permission to {action} {}: {hint}", path.display())]
     Denied {
         action: &'static str,
@@ -197,13 +244,16 @@ impl StorageError {
     /// What to do next, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Unsupported { .. } => Some(
-                "choose the storage driver `auto` or `copy`, or a pool on a btrfs file system"
-                    .into(),
-            ),
+            Self::Unsupported { .. } => {
+                Some("choose the storage driver `auto` or `copy`, or a pool on btrfs or XFS".into())
+            }
             Self::NoRoom { path, .. } => Some(format!(
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
                 path.display()
+            )),
+            Self::Full { pool, .. } => Some(format!(
+                "free some room in {} (dbranch usage shows what branches take), then try again",
+                pool.display()
             )),
             Self::Denied { hint, .. } => Some(hint.clone()),
             Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
@@ -249,6 +299,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// Makes an empty volume, mode 0700.
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError>;
 
+    /// Whether there is room for a clone of `from`, asked before a running source is put into
+    /// backup mode: beginning that takes room too, and a server that finds none stops.
+    fn must_have_room(&self, _from: &VolumeId, _omit: Omit) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Makes `to` a writable clone of `from`. Checks the room first where the
     /// clone takes any. With `Consistency::NeedsBackup`, files that vanish
     /// meanwhile are passed over.
@@ -292,12 +348,19 @@ mod tests {
         let text = |method: CloneMethod| method.to_string();
         assert_eq!(text(CloneMethod::BtrfsSnapshot), "btrfs snapshot");
         assert_eq!(text(CloneMethod::FullCopy { bytes: 812 }), "copy of 812 B");
+        let reflink = |files, written_bytes| {
+            text(CloneMethod::Reflink {
+                files,
+                shared_bytes: 1_288_490_189,
+                written_bytes,
+            })
+        };
+        assert_eq!(reflink(1302, 0), "reflink of 1,302 files, 1.2 GiB shared");
         assert_eq!(
-            text(CloneMethod::SharedCopy {
-                bytes: 1_288_490_189
-            }),
-            "copy of 1.2 GiB (blocks shared)"
+            reflink(1, 4096),
+            "reflink of 1 file, 1.2 GiB shared, 4.0 KiB copied"
         );
+        assert_eq!(Thousands(1_000_007).to_string(), "1,000,007");
         assert_eq!(Bytes(u64::MAX).to_string(), "16383.9 PiB");
     }
 
@@ -305,9 +368,9 @@ mod tests {
     fn a_choice_is_auto_or_a_driver() {
         assert_eq!("auto".parse(), Ok(Choice::Auto));
         assert_eq!("copy".parse(), Ok(Choice::Driver(DriverKind::Copy)));
-        let Invalid(why) = "zfs".parse::<Choice>().unwrap_err();
+        let Invalid(why) = "ntfs".parse::<Choice>().unwrap_err();
         assert!(
-            why.contains("zfs") && why.contains("btrfs") && why.contains("auto"),
+            why.contains("ntfs") && why.contains("btrfs") && why.contains("auto"),
             "{why}"
         );
     }
