@@ -117,7 +117,7 @@ impl Engine {
                 return Check::problem(
                     "storage",
                     e.to_string(),
-                    "set DBRANCH_STORAGE to auto, btrfs or copy",
+                    "set DBRANCH_STORAGE to auto, btrfs, zfs or copy",
                 );
             }
         };

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::unistd::{Gid, Uid};
 
+#[cfg(target_os = "linux")]
+use super::zfs::testing as zfs_testing;
 use super::*;
 use crate::types::Owner;
 
@@ -24,6 +26,8 @@ fn me() -> Owner {
 /// A pool in a folder of its own, gone with it.
 struct Bench {
     driver: Arc<dyn StorageDriver>,
+    #[cfg(target_os = "linux")]
+    dataset: Option<zfs_testing::TestDataset>,
     folder: tempfile::TempDir,
 }
 
@@ -54,11 +58,18 @@ fn bench(kind: DriverKind, parent: Option<&Path>) -> Bench {
         None => tempfile::tempdir().unwrap(),
     };
     let pool = folder.path().join("deep/pool");
+    #[cfg(target_os = "linux")]
+    let dataset = (kind == DriverKind::Zfs).then(|| zfs_testing::TestDataset::mounted_at(&pool));
     let driver = open(Choice::Driver(kind), &pool, me()).unwrap();
-    Bench { driver, folder }
+    Bench {
+        driver,
+        #[cfg(target_os = "linux")]
+        dataset,
+        folder,
+    }
 }
 
-/// Runs a check over all drivers: `copy` always, those of btrfs where there is one.
+/// Runs a check over all drivers: `copy` always, those of btrfs and ZFS where there is one.
 fn each(test: &str, check: impl Fn(&Bench)) {
     check(&bench(DriverKind::Copy, None));
     match btrfs_folder() {
@@ -67,6 +78,20 @@ fn each(test: &str, check: impl Fn(&Bench)) {
             check(&bench(DriverKind::Copy, Some(&folder)));
         }
         None => capability_missing(test, "btrfs", "DBRANCH_TEST_BTRFS names no folder"),
+    }
+    #[cfg(target_os = "linux")]
+    match zfs_testing::folder() {
+        Ok(_) => check(&bench(DriverKind::Zfs, None)),
+        Err(reason) => capability_missing(test, "zfs", &reason),
+    }
+}
+
+/// Has all that was written counted by the file system.
+fn settle(bench: &Bench) {
+    nix::unistd::sync();
+    #[cfg(target_os = "linux")]
+    if let Some(dataset) = &bench.dataset {
+        dataset.settle();
     }
 }
 
@@ -119,6 +144,7 @@ fn a_clone_has_everything_and_lives_its_own_life() {
         let (to, made, method) = clone(bench, &from, Omit::NOTHING);
         match bench.driver.kind() {
             DriverKind::Btrfs => assert_eq!(method, CloneMethod::BtrfsSnapshot),
+            DriverKind::Zfs => assert_eq!(method, CloneMethod::ZfsClone),
             DriverKind::Copy if bench.driver.shares_blocks() => {
                 assert!(matches!(method, CloneMethod::SharedCopy { .. }), "{method}");
             }
@@ -286,7 +312,7 @@ fn a_link_in_the_pool_is_neither_listed_nor_followed() {
 fn usage_tells_shared_from_exclusive() {
     each("usage_tells_shared_from_exclusive", |bench| {
         let (from, source) = filled(bench);
-        nix::unistd::sync();
+        settle(bench);
         let alone = bench.driver.usage(&from).unwrap();
         assert!(alone.logical_bytes >= 3 << 20, "{alone:?}");
         assert!(alone.exclusive_bytes >= 3 << 20, "{alone:?}");
@@ -296,7 +322,7 @@ fn usage_tells_shared_from_exclusive() {
         if bench.driver.shares_blocks() {
             assert!(shared.exclusive_bytes < 64 << 10, "{shared:?}");
             fs::write(source.join("data/own"), vec![9; 1 << 20]).unwrap();
-            nix::unistd::sync();
+            settle(bench);
             let own = bench.driver.usage(&from).unwrap().exclusive_bytes;
             assert!((1 << 20..2 << 20).contains(&own), "{own}");
         } else {
@@ -384,6 +410,8 @@ fn a_user_without_privileges_can_do_all_of_it() {
         .current_dir("/")
         .env_remove("DBRANCH_TEST_REQUIRE")
         .env("DBRANCH_TEST_BTRFS", folder.path())
+        // A user can't make datasets here; what users can do with ZFS, its own tests show.
+        .env_remove("DBRANCH_TEST_ZFS")
         // The one of root may be closed to others.
         .env("TMPDIR", folder.path())
         .arg("storage::contract::")
@@ -398,6 +426,9 @@ fn a_user_without_privileges_can_do_all_of_it() {
         out.contains("destroying_removes_all_and_may_be_repeated ... ok"),
         "{out}"
     );
-    assert!(!errors.contains("names no folder"), "{errors}");
+    assert!(
+        !errors.contains("DBRANCH_TEST_BTRFS names no folder"),
+        "{errors}"
+    );
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }

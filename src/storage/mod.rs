@@ -17,6 +17,8 @@ mod copy;
 mod detect;
 mod pool;
 mod usage;
+#[cfg(target_os = "linux")]
+mod zfs;
 
 pub use detect::open;
 
@@ -27,15 +29,17 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DriverKind {
     Btrfs,
+    Zfs,
     Copy,
 }
 
 impl DriverKind {
-    pub const ALL: [Self; 2] = [Self::Btrfs, Self::Copy];
+    pub const ALL: [Self; 3] = [Self::Btrfs, Self::Zfs, Self::Copy];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
             Self::Copy => "copy",
         }
     }
@@ -55,7 +59,7 @@ impl FromStr for DriverKind {
             .find(|k| k.as_str() == s)
             .ok_or_else(|| {
                 Invalid(format!(
-                    "`{s}` is no storage driver; there are btrfs and copy"
+                    "`{s}` is no storage driver; there are btrfs, zfs and copy"
                 ))
             })
     }
@@ -96,6 +100,7 @@ pub enum Consistency {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloneMethod {
     BtrfsSnapshot,
+    ZfsClone,
     /// Every byte was written again.
     FullCopy {
         bytes: u64,
@@ -110,6 +115,7 @@ impl fmt::Display for CloneMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::BtrfsSnapshot => f.write_str("btrfs snapshot"),
+            Self::ZfsClone => f.write_str("zfs clone"),
             Self::FullCopy { bytes } => write!(f, "copy of {}", Bytes(*bytes)),
             Self::SharedCopy { bytes } => write!(f, "copy of {} (blocks shared)", Bytes(*bytes)),
         }
@@ -197,10 +203,9 @@ impl StorageError {
     /// What to do next, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Unsupported { .. } => Some(
-                "choose the storage driver `auto` or `copy`, or a pool on a btrfs file system"
-                    .into(),
-            ),
+            Self::Unsupported { .. } => {
+                Some("choose the storage driver `auto` or `copy`, or a pool on btrfs or ZFS".into())
+            }
             Self::NoRoom { path, .. } => Some(format!(
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
                 path.display()
@@ -305,9 +310,9 @@ mod tests {
     fn a_choice_is_auto_or_a_driver() {
         assert_eq!("auto".parse(), Ok(Choice::Auto));
         assert_eq!("copy".parse(), Ok(Choice::Driver(DriverKind::Copy)));
-        let Invalid(why) = "zfs".parse::<Choice>().unwrap_err();
+        let Invalid(why) = "ntfs".parse::<Choice>().unwrap_err();
         assert!(
-            why.contains("zfs") && why.contains("btrfs") && why.contains("auto"),
+            why.contains("ntfs") && why.contains("btrfs") && why.contains("auto"),
             "{why}"
         );
     }

@@ -42,18 +42,18 @@ const SMALL_BYTES: u64 = 64 << 10;
 pub(super) struct Copy {
     pool: Pool,
     shares_blocks: bool,
-    why_not_btrfs: Option<String>,
+    why_not_better: Option<String>,
     margin_bytes: u64,
 }
 
 impl Copy {
-    /// `why_not_btrfs` is told users when the better driver was tried in vain.
-    pub(super) fn open(pool: Pool, why_not_btrfs: Option<String>) -> Result<Self, StorageError> {
+    /// `why_not_better` is told users when better drivers were tried in vain.
+    pub(super) fn open(pool: Pool, why_not_better: Option<String>) -> Result<Self, StorageError> {
         let shares_blocks = probe_sharing(&pool)?;
         Ok(Self {
             pool,
             shares_blocks,
-            why_not_btrfs,
+            why_not_better,
             margin_bytes: MARGIN_BYTES,
         })
     }
@@ -249,8 +249,8 @@ impl StorageDriver for Copy {
             return None;
         }
         let name = pool::file_system_name(self.pool.path());
-        let why = match &self.why_not_btrfs {
-            Some(reason) => format!("btrfs can't be used: {reason}"),
+        let why = match &self.why_not_better {
+            Some(reason) => reason.clone(),
             None => format!("the file system is {name}"),
         };
         Some(format!(
@@ -520,7 +520,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut driver = driver(folder.path());
         driver.shares_blocks = false;
-        driver.why_not_btrfs = Some("the file system is ext4".into());
+        driver.why_not_better = Some("the file system is ext4".into());
         let advice = driver.advice().unwrap();
         assert!(
             advice.contains("full copy") && advice.contains("ext4"),
