@@ -43,6 +43,14 @@ impl DriverKind {
             Self::Copy => "copy",
         }
     }
+
+    /// What to do about a pool that is not there.
+    pub fn how_to_mount(self) -> &'static str {
+        match self {
+            Self::Zfs => "mount its dataset again: zpool import -a; zfs mount -a",
+            Self::Btrfs | Self::Copy => "mount its file system again",
+        }
+    }
 }
 
 impl fmt::Display for DriverKind {
@@ -254,6 +262,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// Makes an empty volume, mode 0700.
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError>;
 
+    /// Sees to it that a volume's folder shows what is in it, before an instance starts:
+    /// mounts it where a volume is a mount of its own. Nothing is said of one that is gone.
+    fn make_reachable(&self, _id: &VolumeId) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Makes `to` a writable clone of `from`. Checks the room first where the
     /// clone takes any. With `Consistency::NeedsBackup`, files that vanish
     /// meanwhile are passed over.
@@ -272,6 +286,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// files are taken except those that vanish meanwhile. Drivers whose clone is
     /// atomic have nothing to do.
     fn catch_up(&self, from: &VolumeId, to: &VolumeId, path: &Path) -> Result<(), StorageError>;
+
+    /// Fails where `destroy` would be refused because of what others made of the volume, so
+    /// that nothing has changed yet when it is said.
+    fn check_destroy(&self, _id: &VolumeId) -> Result<(), StorageError> {
+        Ok(())
+    }
 
     /// Destroys a volume with all in it.
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError>;

@@ -65,6 +65,7 @@ fn says_how(stderr: &str, who: &str, storage: Storage) {
     assert_eq!(stderr.matches(who).count(), 1, "said once: {stderr}");
     let method = match storage {
         Storage::Btrfs => "btrfs snapshot",
+        Storage::Zfs => "zfs clone",
         Storage::Copy => "copy",
     };
     assert!(line.contains(method), "{line}");
@@ -129,6 +130,16 @@ fn the_main_job_works_on_native_btrfs() {
 #[test]
 fn the_main_job_works_on_native_copy() {
     the_main_job_works(Server::Native, Storage::Copy);
+}
+
+#[test]
+fn the_main_job_works_on_native_zfs() {
+    the_main_job_works(Server::Native, Storage::Zfs);
+}
+
+#[test]
+fn the_main_job_works_on_docker_zfs() {
+    the_main_job_works(Server::Docker, Storage::Zfs);
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod leftovers;
 mod ports;
 pub(crate) mod process;
 mod session;
+mod zfs;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 pub(crate) use env::{TestEnv, edit_config};
 pub(crate) use leftovers::{is_alive, kill_9, processes_in};
 pub(crate) use session::Session;
+pub(crate) use zfs::{Dataset, zfs};
 
 /// How long a test waits for something that should come at once. Generous,
 /// because a busy machine is no failure.
@@ -111,6 +113,7 @@ fn newest_server() -> PathBuf {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Storage {
     Btrfs,
+    Zfs,
     Copy,
 }
 
@@ -118,6 +121,7 @@ impl Storage {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
             Self::Copy => "copy",
         }
     }
@@ -129,6 +133,15 @@ fn btrfs() -> Result<PathBuf, Missing> {
         Some(dir) if Path::new(&dir).is_dir() => Ok(dir.into()),
         Some(dir) => Err(Missing("btrfs", format!("no folder {}", dir.display()))),
         None => Err(Missing("btrfs", "DBRANCH_TEST_BTRFS is not set".into())),
+    }
+}
+
+/// A folder on ZFS where a dataset is mounted, or what is missing.
+fn zfs_folder() -> Result<PathBuf, Missing> {
+    match std::env::var_os("DBRANCH_TEST_ZFS") {
+        Some(dir) if Path::new(&dir).is_dir() => Ok(dir.into()),
+        Some(dir) => Err(Missing("zfs", format!("no folder {}", dir.display()))),
+        None => Err(Missing("zfs", "DBRANCH_TEST_ZFS is not set".into())),
     }
 }
 

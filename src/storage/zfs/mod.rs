@@ -79,13 +79,7 @@ impl Zfs {
             .map_err(StorageError::io("read the file system of", pool.path()))?;
         let dataset = match place {
             Place::Root(dataset) => dataset,
-            Place::Inside(around) => {
-                return Err(unsupported(format!(
-                    "it is a folder in the dataset {around}, not one of its own; make one: {}",
-                    new_dataset(&around, pool.path())
-                )));
-            }
-            Place::NotZfs => {
+            elsewhere => {
                 let unmounted = program
                     .as_ref()
                     .and_then(|program| place::unmounted_at(program, pool.path()));
@@ -93,7 +87,13 @@ impl Zfs {
                     return Err(not_mounted(&dataset, pool.path()));
                 }
                 let name = pool::file_system_name(pool.path());
-                return Err(unsupported(format!("the file system is {name}")));
+                return Err(unsupported(match elsewhere {
+                    Place::Inside(around) => format!(
+                        "it is a folder in the dataset {around}, not one of its own; make one: {}",
+                        new_dataset(&around, pool.path())
+                    ),
+                    _ => format!("the file system is {name}"),
+                }));
             }
         };
         let Some(program) = program else {
@@ -261,31 +261,10 @@ impl Zfs {
         let (name, path) = (self.name_of(volume), self.path_of(volume));
         let failed = |e| self.refusal("destroy", &path, e);
         loop {
-            let listed = Dataset::list(&self.program, &name, "1", "filesystem,volume,snapshot");
-            let listed = match listed {
-                Err(e) if e.kind == Kind::NoSuchDataset => return remove_folder(folder),
-                listed => listed.map_err(failed)?,
-            };
-            let Some((own, below)) = listed.split_first() else {
+            let Some((own, step)) = self.next_step(&name, &path)? else {
                 return remove_folder(folder);
             };
-            if !own.is_ours() {
-                return Err(StorageError::Denied {
-                    action: "destroy",
-                    hint: format!(
-                        "the dataset {name} lacks the property {MARK}={volume}, so dbranch did not \
-                         make it; move it out of {}",
-                        self.dataset
-                    ),
-                    path,
-                });
-            }
-            let siblings = if below.is_empty() {
-                Vec::new()
-            } else {
-                Dataset::list(&self.program, &self.dataset, "1", "filesystem").map_err(failed)?
-            };
-            match dataset::next_step(below, &siblings, &self.dataset) {
+            match step {
                 Step::Promote(clone) => {
                     self.program.run(&["promote", &clone]).map_err(failed)?;
                 }
@@ -310,6 +289,40 @@ impl Zfs {
                 }
             }
         }
+    }
+
+    /// What the way to destroying a volume begins with, and the volume; nothing when there
+    /// is no such dataset.
+    fn next_step(&self, name: &str, path: &Path) -> Result<Option<(Dataset, Step)>, StorageError> {
+        let failed = |e| self.refusal("destroy", path, e);
+        let listed = Dataset::list(&self.program, name, "1", "filesystem,volume,snapshot");
+        let mut listed = match listed {
+            Err(e) if e.kind == Kind::NoSuchDataset => return Ok(None),
+            listed => listed.map_err(failed)?,
+        };
+        if listed.is_empty() {
+            return Ok(None);
+        }
+        let own = listed.remove(0);
+        if !own.is_ours() {
+            let volume = name.rsplit('/').next().unwrap_or_default();
+            return Err(StorageError::Denied {
+                action: "destroy",
+                path: path.to_owned(),
+                hint: format!(
+                    "the dataset {name} lacks the property {MARK}={volume}, so dbranch did not make \
+                     it; move it out of {}",
+                    self.dataset
+                ),
+            });
+        }
+        let siblings = if listed.is_empty() {
+            Vec::new()
+        } else {
+            Dataset::list(&self.program, &self.dataset, "1", "filesystem").map_err(failed)?
+        };
+        let step = dataset::next_step(&listed, &siblings, &self.dataset);
+        Ok(Some((own, step)))
     }
 
     /// Destroys a dataset that nothing depends on, and waits while it is still busy.
@@ -416,20 +429,24 @@ impl Zfs {
         )
     }
 
-    /// The source of a clone must be a dataset, and there.
+    /// A volume must be a dataset, and mounted; it is mounted again when it is not, as after a
+    /// restart of the machine.
     fn must_be_a_volume(&self, id: &VolumeId) -> Result<(), StorageError> {
-        let path = self.pool.must_exist(id)?;
-        if self.is_mounted(id.as_str())? {
+        let volume = id.as_str();
+        if self.is_mounted(volume)? {
             return Ok(());
         }
-        let name = self.name_of(id.as_str());
+        let (name, path) = (self.name_of(volume), self.path_of(volume));
         match Dataset::list(&self.program, &name, "0", "filesystem") {
-            Ok(_) => Err(not_mounted(&name, &path)),
-            Err(e) if e.kind == Kind::NoSuchDataset => Err(StorageError::Unsupported {
-                driver: DriverKind::Zfs,
-                path,
-                reason: "this volume is a plain folder, made by the driver `copy`".into(),
-            }),
+            Ok(_) => self.mount(volume),
+            Err(e) if e.kind == Kind::NoSuchDataset => {
+                self.pool.must_exist(id)?;
+                Err(StorageError::Unsupported {
+                    driver: DriverKind::Zfs,
+                    path,
+                    reason: "this volume is a plain folder, made by the driver `copy`".into(),
+                })
+            }
             Err(e) => Err(self.refusal("read", &path, e)),
         }
     }
@@ -516,6 +533,13 @@ impl StorageDriver for Zfs {
         self.create(id.as_str())
     }
 
+    fn make_reachable(&self, id: &VolumeId) -> Result<(), StorageError> {
+        match self.must_be_a_volume(id) {
+            Err(StorageError::Missing { .. }) => Ok(()),
+            reached => reached,
+        }
+    }
+
     fn clone_volume(
         &self,
         from: &VolumeId,
@@ -531,6 +555,14 @@ impl StorageDriver for Zfs {
 
     fn catch_up(&self, _from: &VolumeId, _to: &VolumeId, _path: &Path) -> Result<(), StorageError> {
         Ok(())
+    }
+
+    fn check_destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let path = self.volume_path(id);
+        match self.next_step(&self.name_of(id.as_str()), &path)? {
+            Some((_, Step::Refuse(others))) => Err(in_the_way(&path, &others)),
+            _ => Ok(()),
+        }
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
