@@ -15,7 +15,9 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
+mod files;
 mod pool;
+mod reflink;
 mod usage;
 #[cfg(target_os = "linux")]
 mod zfs;
@@ -30,16 +32,19 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 pub enum DriverKind {
     Btrfs,
     Zfs,
+    Reflink,
     Copy,
 }
 
 impl DriverKind {
-    pub const ALL: [Self; 3] = [Self::Btrfs, Self::Zfs, Self::Copy];
+    /// The best first: so `auto` tries them.
+    pub const ALL: [Self; 4] = [Self::Btrfs, Self::Zfs, Self::Reflink, Self::Copy];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
             Self::Zfs => "zfs",
+            Self::Reflink => "reflink",
             Self::Copy => "copy",
         }
     }
@@ -48,7 +53,7 @@ impl DriverKind {
     pub fn how_to_mount(self) -> &'static str {
         match self {
             Self::Zfs => "mount its dataset again: zpool import -a; zfs mount -a",
-            Self::Btrfs | Self::Copy => "mount its file system again",
+            Self::Btrfs | Self::Reflink | Self::Copy => "mount its file system again",
         }
     }
 }
@@ -66,9 +71,8 @@ impl FromStr for DriverKind {
             .into_iter()
             .find(|k| k.as_str() == s)
             .ok_or_else(|| {
-                Invalid(format!(
-                    "`{s}` is no storage driver; there are btrfs, zfs and copy"
-                ))
+                let names = Self::ALL.map(Self::as_str).join(", ");
+                Invalid(format!("`{s}` is no storage driver; there are {names}"))
             })
     }
 }
@@ -80,6 +84,14 @@ pub enum Choice {
     Auto,
     /// This one or an error.
     Driver(DriverKind),
+}
+
+impl Choice {
+    /// All that can be chosen, for messages: `auto, btrfs, copy`.
+    pub fn names() -> String {
+        let drivers = DriverKind::ALL.map(DriverKind::as_str);
+        format!("auto, {}", drivers.join(", "))
+    }
 }
 
 impl FromStr for Choice {
@@ -104,7 +116,7 @@ pub enum Consistency {
     NeedsBackup,
 }
 
-/// How a clone was made, for messages: "btrfs snapshot", "copy of 1.2 GiB (blocks shared)".
+/// How a clone was made, for messages: "btrfs snapshot", "reflink of 1,302 files, 1.2 GiB shared".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloneMethod {
     BtrfsSnapshot,
@@ -113,9 +125,12 @@ pub enum CloneMethod {
     FullCopy {
         bytes: u64,
     },
-    /// File by file, but the file system shares the blocks.
-    SharedCopy {
-        bytes: u64,
+    /// File by file, sharing blocks.
+    Reflink {
+        files: u64,
+        shared_bytes: u64,
+        /// Of files for which the file system refused to share.
+        written_bytes: u64,
     },
 }
 
@@ -125,8 +140,32 @@ impl fmt::Display for CloneMethod {
             Self::BtrfsSnapshot => f.write_str("btrfs snapshot"),
             Self::ZfsClone => f.write_str("zfs clone"),
             Self::FullCopy { bytes } => write!(f, "copy of {}", Bytes(*bytes)),
-            Self::SharedCopy { bytes } => write!(f, "copy of {} (blocks shared)", Bytes(*bytes)),
+            Self::Reflink {
+                files,
+                shared_bytes,
+                written_bytes,
+            } => {
+                let noun = if *files == 1 { "file" } else { "files" };
+                write!(f, "reflink of {} {noun}, ", Thousands(*files))?;
+                write!(f, "{} shared", Bytes(*shared_bytes))?;
+                if *written_bytes > 0 {
+                    write!(f, ", {} copied", Bytes(*written_bytes))?;
+                }
+                Ok(())
+            }
         }
+    }
+}
+
+/// A number for messages: `1,302`.
+struct Thousands(u64);
+
+impl fmt::Display for Thousands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 < 1000 {
+            return write!(f, "{}", self.0);
+        }
+        write!(f, "{},{:03}", Self(self.0 / 1000), self.0 % 1000)
     }
 }
 
@@ -189,6 +228,14 @@ pub enum StorageError {
         needed_bytes: u64,
         free_bytes: u64,
     },
+    /// The file system was full in the middle of it.
+    #[error("no room left in {} ({} free) to {action} {}", pool.display(), Bytes(*free_bytes), path.display())]
+    Full {
+        action: &'static str,
+        path: PathBuf,
+        pool: PathBuf,
+        free_bytes: u64,
+    },
     #[error("no permission to {action} {}: {hint}", path.display())]
     Denied {
         action: &'static str,
@@ -211,12 +258,16 @@ impl StorageError {
     /// What to do next, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Unsupported { .. } => {
-                Some("choose the storage driver `auto` or `copy`, or a pool on btrfs or ZFS".into())
-            }
+            Self::Unsupported { .. } => Some(
+                "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
+            ),
             Self::NoRoom { path, .. } => Some(format!(
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
                 path.display()
+            )),
+            Self::Full { pool, .. } => Some(format!(
+                "free some room in {} (dbranch usage shows what branches take), then try again",
+                pool.display()
             )),
             Self::Denied { hint, .. } => Some(hint.clone()),
             Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
@@ -317,12 +368,19 @@ mod tests {
         let text = |method: CloneMethod| method.to_string();
         assert_eq!(text(CloneMethod::BtrfsSnapshot), "btrfs snapshot");
         assert_eq!(text(CloneMethod::FullCopy { bytes: 812 }), "copy of 812 B");
+        let reflink = |files, written_bytes| {
+            text(CloneMethod::Reflink {
+                files,
+                shared_bytes: 1_288_490_189,
+                written_bytes,
+            })
+        };
+        assert_eq!(reflink(1302, 0), "reflink of 1,302 files, 1.2 GiB shared");
         assert_eq!(
-            text(CloneMethod::SharedCopy {
-                bytes: 1_288_490_189
-            }),
-            "copy of 1.2 GiB (blocks shared)"
+            reflink(1, 4096),
+            "reflink of 1 file, 1.2 GiB shared, 4.0 KiB copied"
         );
+        assert_eq!(Thousands(1_000_007).to_string(), "1,000,007");
         assert_eq!(Bytes(u64::MAX).to_string(), "16383.9 PiB");
     }
 

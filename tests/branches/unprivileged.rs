@@ -72,6 +72,11 @@ fn the_main_job_needs_no_rights_on_btrfs() {
 }
 
 #[test]
+fn the_main_job_needs_no_rights_on_xfs() {
+    the_main_job_needs_no_rights(Storage::Reflink);
+}
+
+#[test]
 fn the_main_job_needs_no_rights_with_copies() {
     the_main_job_needs_no_rights(Storage::Copy);
 }

@@ -68,6 +68,11 @@ fn a_btrfs_branch_that_was_being_made_is_there_or_not() {
 }
 
 #[test]
+fn a_reflinked_branch_that_was_being_made_is_there_or_not() {
+    create_is_rolled_back_or_finished(Storage::Reflink);
+}
+
+#[test]
 fn a_copied_branch_that_was_being_made_is_there_or_not() {
     create_is_rolled_back_or_finished(Storage::Copy);
 }

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::leftovers::{containers_in, is_alive, kill_9, mounts_in, processes_in};
 use super::ports::Ports;
 use super::process::{self, Output};
-use super::{Dataset, Server, Session, Storage, btrfs, required, wait_until, zfs_folder};
+use super::{Dataset, Server, Session, Storage, required, wait_until};
 
 /// How long one command may take. Far more than any should.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
@@ -21,7 +21,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 /// An environment. Dropping it stops all that runs in it and asserts that nothing is left.
 pub(crate) struct TestEnv {
     base: PathBuf,
-    /// On another file system, when the pool is there.
+    /// When the pool must lie on a file system of its own.
     pool: Option<PathBuf>,
     pub(crate) ports: Ports,
     pub(crate) storage: Storage,
@@ -52,17 +52,13 @@ impl TestEnv {
             Server::Native | Server::Native18 => None,
             Server::Docker | Server::Docker18 => Some(required(server.image())?),
         };
-        let pool = match storage {
-            Storage::Btrfs => Some(required(btrfs())?),
-            Storage::Zfs => Some(required(zfs_folder())?),
-            Storage::Copy => None,
-        };
+        let pool = required(storage.folder())?;
         Some(Self::make(server, storage, Some(bin_dir), image, pool))
     }
 
     /// The quickest environment that has a server, for tests to which the drivers don't matter.
     pub(crate) fn quick() -> Option<Self> {
-        let storage = if btrfs().is_ok() {
+        let storage = if Storage::Btrfs.folder().is_ok() {
             Storage::Btrfs
         } else {
             Storage::Copy
@@ -82,7 +78,7 @@ impl TestEnv {
         storage: Storage,
         bin_dir: Option<PathBuf>,
         image: Option<String>,
-        elsewhere: Option<PathBuf>,
+        pool_in: Option<PathBuf>,
     ) -> Self {
         // Short, because a Unix socket's path may have 107 bytes.
         let parent = std::env::var_os("DBRANCH_TEST_TMP").unwrap_or_else(|| "/tmp".into());
@@ -90,7 +86,7 @@ impl TestEnv {
         let base = folder.path().canonicalize().expect("just made");
         let mut folders = vec![folder];
         let mut dataset = None;
-        let pool = elsewhere.map(|dir| {
+        let pool = pool_in.map(|dir| {
             if storage == Storage::Zfs {
                 let (made, pool) = Dataset::make(&dir);
                 dataset = Some(made);

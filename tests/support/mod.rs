@@ -114,6 +114,9 @@ fn newest_server() -> PathBuf {
 pub(crate) enum Storage {
     Btrfs,
     Zfs,
+    /// On XFS.
+    Reflink,
+    /// On whatever file system the tests' own folder is.
     Copy,
 }
 
@@ -122,26 +125,34 @@ impl Storage {
         match self {
             Self::Btrfs => "btrfs",
             Self::Zfs => "zfs",
+            Self::Reflink => "reflink",
             Self::Copy => "copy",
         }
     }
-}
 
-/// A folder on btrfs, or what is missing.
-fn btrfs() -> Result<PathBuf, Missing> {
-    match std::env::var_os("DBRANCH_TEST_BTRFS") {
-        Some(dir) if Path::new(&dir).is_dir() => Ok(dir.into()),
-        Some(dir) => Err(Missing("btrfs", format!("no folder {}", dir.display()))),
-        None => Err(Missing("btrfs", "DBRANCH_TEST_BTRFS is not set".into())),
+    /// How a line that says a branch was made begins to say how.
+    pub(crate) fn method(self) -> &'static str {
+        match self {
+            Self::Btrfs => "btrfs snapshot",
+            Self::Zfs => "zfs clone",
+            Self::Reflink => "reflink of ",
+            Self::Copy => "copy of ",
+        }
     }
-}
 
-/// A folder on ZFS where a dataset is mounted, or what is missing.
-fn zfs_folder() -> Result<PathBuf, Missing> {
-    match std::env::var_os("DBRANCH_TEST_ZFS") {
-        Some(dir) if Path::new(&dir).is_dir() => Ok(dir.into()),
-        Some(dir) => Err(Missing("zfs", format!("no folder {}", dir.display()))),
-        None => Err(Missing("zfs", "DBRANCH_TEST_ZFS is not set".into())),
+    /// The folder for its pool, none where any will do, or what is missing.
+    fn folder(self) -> Result<Option<PathBuf>, Missing> {
+        let (var, capability) = match self {
+            Self::Btrfs => ("DBRANCH_TEST_BTRFS", "btrfs"),
+            Self::Zfs => ("DBRANCH_TEST_ZFS", "zfs"),
+            Self::Reflink => ("DBRANCH_TEST_XFS", "xfs"),
+            Self::Copy => return Ok(None),
+        };
+        match std::env::var_os(var) {
+            Some(dir) if Path::new(&dir).is_dir() => Ok(Some(dir.into())),
+            Some(dir) => Err(Missing(capability, format!("no folder {}", dir.display()))),
+            None => Err(Missing(capability, format!("{var} is not set"))),
+        }
     }
 }
 
