@@ -51,7 +51,7 @@ impl Dataset {
 
 impl Drop for Dataset {
     fn drop(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         // -R, as clones of volumes are datasets beside them: all lies in this one, which is ours.
         while let Err(e) = try_zfs(&["destroy", "-R", &self.name]) {
             let in_vain = Instant::now() > deadline;
@@ -68,7 +68,7 @@ impl Drop for Dataset {
 /// moments after its unmount.
 #[track_caller]
 pub(crate) fn zfs(args: &[&str]) -> String {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         match try_zfs(args) {
             Ok(printed) => return printed,

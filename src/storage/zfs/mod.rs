@@ -41,9 +41,12 @@ const PROBE: &str = "probe-";
 /// What ZFS wants free before it makes a dataset, roughly: it says only that it hasn't got it.
 const METADATA_BYTES: u64 = 16 << 20;
 
-/// How long a dataset may be busy before that is an error. Whoever used it has been told to
-/// stop, and a FUSE file system is let go of only some moments after its unmount.
+/// How long a dataset may be busy before that is an error: whoever used it has been told to stop.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
+
+/// The same for one that is unmounted already: zfs-fuse lets go of it some moments later, when
+/// it has written what there was to write.
+const UNMOUNTED_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a user needs to be allowed with `zfs allow` (zfs-allow(8)).
 const PERMISSIONS: &str = "create,clone,destroy,mount,promote,snapshot,userprop";
@@ -108,15 +111,17 @@ impl Zfs {
             destroying: Mutex::new(()),
             busy_limit: BUSY_LIMIT,
         };
-        driver.probe().map_err(|e| StorageError::Unsupported {
+        let reason = match driver.probe() {
+            // In a full pool branches must still be shown and deleted.
+            Ok(()) | Err(StorageError::NoRoom { .. }) => return Ok(driver),
+            Err(StorageError::Denied { hint, .. }) => format!("no permission: {hint}"),
+            Err(e) => e.to_string(),
+        };
+        Err(StorageError::Unsupported {
             driver: DriverKind::Zfs,
             path: driver.pool.path().to_owned(),
-            reason: match &e {
-                StorageError::Denied { hint, .. } => format!("{e}: {hint}"),
-                _ => e.to_string(),
-            },
-        })?;
-        Ok(driver)
+            reason,
+        })
     }
 
     /// Root can do everything or nothing; what a user may do only trying tells.
@@ -328,7 +333,16 @@ impl Zfs {
     /// Destroys a dataset that nothing depends on, and waits while it is still busy.
     fn destroy_leaf(&self, volume: &str) -> Result<(), StorageError> {
         let (name, path) = (self.name_of(volume), self.path_of(volume));
-        let deadline = Instant::now() + self.busy_limit;
+        let begun = Instant::now();
+        let has_time = || {
+            let is_mounted = self.is_mounted(volume).unwrap_or(true);
+            begun.elapsed()
+                < if is_mounted {
+                    self.busy_limit
+                } else {
+                    UNMOUNTED_LIMIT
+                }
+        };
         let mut pause = Duration::from_millis(5);
         let failure = loop {
             let tried = self
@@ -337,7 +351,7 @@ impl Zfs {
             match tried {
                 Ok(_) => break None,
                 Err(e) if e.kind == Kind::NoSuchDataset => break None,
-                Err(e) if e.kind == Kind::Busy && Instant::now() < deadline => {
+                Err(e) if e.kind == Kind::Busy && has_time() => {
                     thread::sleep(pause);
                     pause = (pause * 2).min(Duration::from_millis(200));
                 }

@@ -14,7 +14,7 @@ pub(crate) struct TestDataset {
 /// Runs `zfs`, which must succeed; waits while a dataset is busy, as a FUSE file system is for
 /// some moments after its unmount.
 pub(crate) fn zfs(args: &[&str]) -> String {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         match try_zfs(args) {
             Ok(printed) => return printed,
@@ -75,7 +75,7 @@ impl TestDataset {
 impl Drop for TestDataset {
     fn drop(&mut self) {
         // -R, as clones of volumes are datasets beside them: all of it lies below this one, which is ours alone.
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while let Err(e) = try_zfs(&["destroy", "-R", &self.name]) {
             if e.contains("does not exist") {
                 return;
