@@ -262,7 +262,7 @@ impl StorageError {
                 "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
             ),
             Self::NoRoom { path, .. } => Some(format!(
-                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
+                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, ZFS, XFS)",
                 path.display()
             )),
             Self::Full { pool, .. } => Some(format!(

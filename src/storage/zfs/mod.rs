@@ -507,10 +507,12 @@ fn in_the_way(path: &Path, others: &[String]) -> StorageError {
     }
 }
 
-/// The command that makes a dataset of its own for a pool.
+/// The command that makes a dataset of its own for a pool. Its records are of 16 KiB: with those of
+/// ZFS's own choice a page that changes costs a branch 128 KiB, with smaller ones all data takes
+/// more room.
 fn new_dataset(around: &str, folder: &Path) -> String {
     format!(
-        "zfs create -o mountpoint={} -o recordsize=8k -o compression=on -o atime=off {around}/dbranch",
+        "zfs create -o mountpoint={} -o recordsize=16k -o compression=on -o atime=off {around}/dbranch",
         folder.display()
     )
 }
