@@ -15,13 +15,13 @@ use super::{ConfigError, Paths};
 const AUTO: &str = "auto";
 /// The names of the storage drivers and of the runtimes. They stand here, and not only in those
 /// rooms, so that a wrong one is an error of the setting, with its place.
-const STORAGE: &[&str] = &[AUTO, "btrfs", "reflink", "copy"];
+const STORAGE: &[&str] = &[AUTO, "btrfs", "zfs", "reflink", "copy"];
 const RUNTIME: &[&str] = &[AUTO, "docker", "native"];
 
 const KEYS: &[Key] = &[
     Key {
         path: "storage",
-        allowed: "\"auto\", \"btrfs\", \"reflink\" or \"copy\" (default \"auto\")",
+        allowed: "\"auto\", \"btrfs\", \"zfs\", \"reflink\" or \"copy\" (default \"auto\")",
     },
     Key {
         path: "runtime",
@@ -227,7 +227,7 @@ mod tests {
         assert_eq!(e.message, "DBRANCH_STORAGE: there is no `ntfs`");
         assert_eq!(
             e.hint.as_deref(),
-            Some("set DBRANCH_STORAGE to auto, btrfs, reflink, copy")
+            Some("set DBRANCH_STORAGE to auto, btrfs, zfs, reflink, copy")
         );
         let e = load(Some(r#"{"runtime": "podman"}"#), &[]).unwrap_err();
         assert!(e.message.contains("`runtime`: there is no `podman`"), "{e}");

@@ -46,7 +46,7 @@ impl Way for Copy {
     }
 }
 
-const BETTER_POOL: &str = "on btrfs or XFS a branch takes milliseconds and next to no room, \
+const BETTER_POOL: &str = "on btrfs, ZFS or XFS a branch takes milliseconds and next to no room, \
                            whatever the size: move the pool there";
 
 pub(super) fn open(pool: Pool, why_no_better: Option<String>) -> FileByFile<Copy> {

@@ -6,6 +6,8 @@ use std::sync::Arc;
 #[cfg(target_os = "linux")]
 use super::btrfs::Btrfs;
 use super::pool::{self, Pool};
+#[cfg(target_os = "linux")]
+use super::zfs::Zfs;
 use super::{Choice, DriverKind, StorageDriver, StorageError, copy, reflink};
 use crate::types::Owner;
 
@@ -22,6 +24,7 @@ pub fn open(choice: Choice, path: &Path, owner: Owner) -> Opened {
     match choice {
         Choice::Auto => open_best(&pool),
         Choice::Driver(DriverKind::Btrfs) => open_btrfs(pool),
+        Choice::Driver(DriverKind::Zfs) => open_zfs(pool),
         Choice::Driver(DriverKind::Reflink) => Ok(Arc::new(reflink::open_by_name(pool)?)),
         Choice::Driver(DriverKind::Copy) => Ok(Arc::new(copy::open(pool, None))),
     }
@@ -30,13 +33,14 @@ pub fn open(choice: Choice, path: &Path, owner: Owner) -> Opened {
 /// Tries the drivers in the order of [`DriverKind::ALL`].
 fn open_best(pool: &Pool) -> Opened {
     let mut refusals = Refusals {
-        file_system: pool::file_system_name(pool.path()),
+        file_system: file_system_name(pool.path()),
         all: Vec::new(),
     };
     for kind in DriverKind::ALL {
         let pool = pool.clone();
         let opened: Opened = match kind {
             DriverKind::Btrfs => open_btrfs(pool),
+            DriverKind::Zfs => open_zfs(pool),
             DriverKind::Reflink => reflink::open(pool, refusals.of_the_one_made_for_it())
                 .map(|driver| Arc::new(driver) as Arc<dyn StorageDriver>),
             DriverKind::Copy => Ok(Arc::new(copy::open(pool, refusals.worst()))),
@@ -83,6 +87,29 @@ fn open_btrfs(pool: Pool) -> Opened {
         path: pool.path().to_owned(),
         reason: "btrfs is a file system of Linux".into(),
     })
+}
+
+#[cfg(target_os = "linux")]
+fn open_zfs(pool: Pool) -> Opened {
+    Ok(Arc::new(Zfs::open(pool)?))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open_zfs(pool: Pool) -> Opened {
+    Err(StorageError::Unsupported {
+        driver: DriverKind::Zfs,
+        path: pool.path().to_owned(),
+        reason: "ZFS is used on Linux only so far".into(),
+    })
+}
+
+/// As [`pool::file_system_name`], but for zfs-fuse, which the kernel calls FUSE.
+fn file_system_name(folder: &Path) -> String {
+    #[cfg(target_os = "linux")]
+    if Zfs::is_at(folder) {
+        return DriverKind::Zfs.to_string();
+    }
+    pool::file_system_name(folder)
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ mod files;
 mod pool;
 mod reflink;
 mod usage;
+#[cfg(target_os = "linux")]
+mod zfs;
 
 pub use detect::open;
 
@@ -29,19 +31,29 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DriverKind {
     Btrfs,
+    Zfs,
     Reflink,
     Copy,
 }
 
 impl DriverKind {
     /// The best first: so `auto` tries them.
-    pub const ALL: [Self; 3] = [Self::Btrfs, Self::Reflink, Self::Copy];
+    pub const ALL: [Self; 4] = [Self::Btrfs, Self::Zfs, Self::Reflink, Self::Copy];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
             Self::Reflink => "reflink",
             Self::Copy => "copy",
+        }
+    }
+
+    /// What to do about a pool that is not there.
+    pub fn how_to_mount(self) -> &'static str {
+        match self {
+            Self::Zfs => "mount its dataset again: zpool import -a; zfs mount -a",
+            Self::Btrfs | Self::Reflink | Self::Copy => "mount its file system again",
         }
     }
 }
@@ -108,6 +120,7 @@ pub enum Consistency {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloneMethod {
     BtrfsSnapshot,
+    ZfsClone,
     /// Every byte was written again.
     FullCopy {
         bytes: u64,
@@ -125,6 +138,7 @@ impl fmt::Display for CloneMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::BtrfsSnapshot => f.write_str("btrfs snapshot"),
+            Self::ZfsClone => f.write_str("zfs clone"),
             Self::FullCopy { bytes } => write!(f, "copy of {}", Bytes(*bytes)),
             Self::Reflink {
                 files,
@@ -244,11 +258,11 @@ impl StorageError {
     /// What to do next, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Unsupported { .. } => {
-                Some("choose the storage driver `auto` or `copy`, or a pool on btrfs or XFS".into())
-            }
+            Self::Unsupported { .. } => Some(
+                "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
+            ),
             Self::NoRoom { path, .. } => Some(format!(
-                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
+                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, ZFS, XFS)",
                 path.display()
             )),
             Self::Full { pool, .. } => Some(format!(
@@ -305,6 +319,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// Sees to it that a volume's folder shows what is in it, before an instance starts:
+    /// mounts it where a volume is a mount of its own. Nothing is said of one that is gone.
+    fn make_reachable(&self, _id: &VolumeId) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Makes `to` a writable clone of `from`. Checks the room first where the
     /// clone takes any. With `Consistency::NeedsBackup`, files that vanish
     /// meanwhile are passed over.
@@ -323,6 +343,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// files are taken except those that vanish meanwhile. Drivers whose clone is
     /// atomic have nothing to do.
     fn catch_up(&self, from: &VolumeId, to: &VolumeId, path: &Path) -> Result<(), StorageError>;
+
+    /// Fails where `destroy` would be refused because of what others made of the volume, so
+    /// that nothing has changed yet when it is said.
+    fn check_destroy(&self, _id: &VolumeId) -> Result<(), StorageError> {
+        Ok(())
+    }
 
     /// Destroys a volume with all in it.
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError>;

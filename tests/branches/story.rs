@@ -151,3 +151,18 @@ the_main_job_works_on! {
     reflink: Reflink,
     copy: Copy,
 }
+
+/// On ZFS with one version of the server: zfs-fuse is slow, and the driver knows nothing of versions.
+mod zfs {
+    use super::*;
+
+    #[test]
+    fn the_main_job_works_natively() {
+        the_main_job_works(Server::Native, Storage::Zfs);
+    }
+
+    #[test]
+    fn the_main_job_works_in_docker() {
+        the_main_job_works(Server::Docker, Storage::Zfs);
+    }
+}

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::leftovers::{containers_in, is_alive, kill_9, mounts_in, processes_in};
 use super::ports::Ports;
 use super::process::{self, Output};
-use super::{Server, Session, Storage, required, wait_until};
+use super::{Dataset, Server, Session, Storage, required, wait_until};
 
 /// How long one command may take. Far more than any should.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
@@ -29,6 +29,8 @@ pub(crate) struct TestEnv {
     image: Option<String>,
     bin_dir: Option<PathBuf>,
     vars: Vec<(String, String)>,
+    /// Where the pool is, on ZFS.
+    dataset: Option<Dataset>,
     /// Removed with the environment.
     _folders: Vec<TempDir>,
 }
@@ -83,7 +85,13 @@ impl TestEnv {
         let folder = make_folder(Path::new(&parent));
         let base = folder.path().canonicalize().expect("just made");
         let mut folders = vec![folder];
+        let mut dataset = None;
         let pool = pool_in.map(|dir| {
+            if storage == Storage::Zfs {
+                let (made, pool) = Dataset::make(&dir);
+                dataset = Some(made);
+                return pool;
+            }
             let folder = make_folder(&dir);
             let pool = folder.path().canonicalize().expect("just made");
             folders.push(folder);
@@ -103,6 +111,7 @@ impl TestEnv {
             image,
             bin_dir,
             vars: Vec::new(),
+            dataset,
             _folders: folders,
         };
         env.init_repo(&env.repo());
@@ -127,6 +136,11 @@ impl TestEnv {
     /// The folder that holds the volumes.
     pub(crate) fn pool(&self) -> PathBuf {
         self.pool.clone().unwrap_or_else(|| self.path("home/pool"))
+    }
+
+    /// The dataset of the pool.
+    pub(crate) fn dataset(&self) -> &Dataset {
+        self.dataset.as_ref().expect("the storage is ZFS")
     }
 
     /// Sets a variable for all programs that follow.
@@ -402,9 +416,17 @@ impl TestEnv {
         let mut found: Vec<String> = self.containers();
         for dir in self.folders() {
             found.extend(processes_in(&dir).iter().map(|p| format!("{p:?}")));
-            found.extend(mounts_in(&dir).iter().map(|m| m.display().to_string()));
+            found.extend(self.mounts(&dir).iter().map(|m| m.display().to_string()));
         }
         found
+    }
+
+    /// The mounts in a folder of this environment, but for those that are volumes.
+    fn mounts(&self, dir: &Path) -> Vec<PathBuf> {
+        if self.dataset.is_some() && self.pool.as_deref() == Some(dir) {
+            return Vec::new();
+        }
+        mounts_in(dir)
     }
 
     fn remove_by_force(&self) {
@@ -412,7 +434,7 @@ impl TestEnv {
             for process in processes_in(&dir) {
                 kill_9(process.pid);
             }
-            for mount in mounts_in(&dir).iter().rev() {
+            for mount in self.mounts(&dir).iter().rev() {
                 let _ = Command::new("umount").arg(mount).output();
             }
         }
