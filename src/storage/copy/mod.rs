@@ -19,9 +19,10 @@ use nix::unistd::Uid;
 use self::file::{Copied, Pair};
 use self::tree::Tree;
 use super::pool::{self, DOOMED, PARTIAL, Pool};
+use super::usage::Survey;
 use super::{
     CloneMethod, Consistency, DriverKind, Omit, Progress, Space, StorageDriver, StorageError,
-    Usage, usage,
+    Usage, Usages, usage,
 };
 use crate::fsx;
 use crate::types::VolumeId;
@@ -41,6 +42,7 @@ const SMALL_BYTES: u64 = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Copy {
     pool: Pool,
+    survey: Survey,
     shares_blocks: bool,
     why_not_btrfs: Option<String>,
     margin_bytes: u64,
@@ -52,6 +54,7 @@ impl Copy {
         let shares_blocks = probe_sharing(&pool)?;
         Ok(Self {
             pool,
+            survey: Survey::default(),
             shares_blocks,
             why_not_btrfs,
             margin_bytes: MARGIN_BYTES,
@@ -354,7 +357,11 @@ impl StorageDriver for Copy {
     }
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError> {
-        usage::measure(&self.pool.must_exist(id)?, self.shares_blocks)
+        self.survey.usage(&self.pool, id, self.shares_blocks)
+    }
+
+    fn usage_of_all(&self, ids: &[VolumeId]) -> Result<Usages, StorageError> {
+        self.survey.look(&self.pool, ids, self.shares_blocks)
     }
 
     fn space(&self) -> Result<Space, StorageError> {
