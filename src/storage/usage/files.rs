@@ -11,7 +11,7 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::ioctl;
 use super::pieces::{Chunk, Chunks, Piece};
@@ -21,7 +21,7 @@ use crate::storage::StorageError;
 /// What was written longer ago than this the kernel has put on disk by itself (30 s, and 5 until
 /// it looks: `vm.dirty_expire_centisecs`). To be sure, what is left is written before an older
 /// file is read; that of younger files isn't, so that nobody is disturbed.
-const SETTLES_SECONDS: i64 = 35;
+pub(super) const SETTLES_SECONDS: i64 = 35;
 
 /// Pieces are no longer than this, so that their length fits.
 const PIECE_BYTES: u64 = 1 << 30;
@@ -37,6 +37,16 @@ pub(super) struct Stamp {
 }
 
 impl Stamp {
+    /// When the file was last changed, since 1970.
+    pub(super) fn changed(&self) -> Duration {
+        let (seconds, nanoseconds) = self.changed;
+        let known = (u64::try_from(seconds), u32::try_from(nanoseconds));
+        match known {
+            (Ok(seconds), Ok(nanoseconds)) => Duration::new(seconds, nanoseconds),
+            _ => Duration::ZERO,
+        }
+    }
+
     fn of(meta: &Metadata) -> Self {
         Self {
             inode: meta.ino(),
@@ -70,10 +80,12 @@ enum Found {
 pub(super) struct Looked(Vec<(Stamp, Found)>);
 
 impl Files {
-    /// Looks at all files below `root`. `twin` may know a file with the very same stamp.
+    /// Looks at all files below `root`, taking those for settled that didn't change for `settles`
+    /// seconds. `twin` may know a file with the very same stamp.
     pub(super) fn look(
         &self,
         root: &Path,
+        settles: i64,
         twin: &(dyn Fn(&Stamp) -> Option<Chunk> + Sync),
     ) -> Result<Looked, StorageError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -86,7 +98,7 @@ impl Files {
                 looked.push((stamp, Found::Same));
                 return Ok(());
             }
-            let settled = now.saturating_sub(stamp.changed.0) > SETTLES_SECONDS;
+            let settled = now.saturating_sub(stamp.changed.0) > settles;
             let pieces = match twin(&stamp) {
                 Some(chunk) => chunk.to_vec(),
                 None if stamp.allocated == 0 => Vec::new(),

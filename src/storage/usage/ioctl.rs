@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "ioctl(2) is untyped; its only callers are here")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -77,8 +78,20 @@ struct SubvolInfo {
     otransid: u64,
     stransid: u64,
     rtransid: u64,
-    times: [[u64; 2]; 4],
+    ctime: Timespec,
+    otime: Timespec,
+    stime: Timespec,
+    rtime: Timespec,
     reserved: [u64; 8],
+}
+
+/// `struct btrfs_ioctl_timespec`, with the room that aligning it leaves.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Timespec {
+    sec: u64,
+    nsec: u32,
+    unused: u32,
 }
 
 // ---- BTRFS_IOC_TREE_SEARCH_V2 ---------------------------------------------------------------
@@ -121,6 +134,8 @@ mod raw {
     // The number counts `struct fiemap` without its array: 32 bytes.
     nix::ioctl_readwrite_bad!(fiemap, nix::request_code_readwrite!(b'f', 11, 32), Fiemap);
     nix::ioctl_read!(get_subvol_info, BTRFS_MAGIC, 60, SubvolInfo);
+    nix::ioctl_read!(start_sync, BTRFS_MAGIC, 24, u64);
+    nix::ioctl_write_ptr!(wait_sync, BTRFS_MAGIC, 22, u64);
     // And the arguments without their buffer: 112 bytes.
     nix::ioctl_readwrite_bad!(
         tree_search_v2,
@@ -173,8 +188,14 @@ pub(super) struct Identity {
     pub(super) origin: u64,
 }
 
-/// What subvolume a folder is in (`BTRFS_IOC_GET_SUBVOL_INFO`, Linux 4.18; no privileges needed).
-pub(super) fn identity(folder: BorrowedFd<'_>) -> Result<Identity, Errno> {
+/// What subvolume a folder is in, and when that was made
+/// (`BTRFS_IOC_GET_SUBVOL_INFO`, Linux 4.18; no privileges needed).
+pub(super) fn identity(folder: BorrowedFd<'_>) -> Result<(Identity, Duration), Errno> {
+    let never = Timespec {
+        sec: 0,
+        nsec: 0,
+        unused: 0,
+    };
     let mut info = SubvolInfo {
         treeid: 0,
         name: [0; 256],
@@ -189,18 +210,32 @@ pub(super) fn identity(folder: BorrowedFd<'_>) -> Result<Identity, Errno> {
         otransid: 0,
         stransid: 0,
         rtransid: 0,
-        times: [[0; 2]; 4],
+        ctime: never,
+        otime: never,
+        stime: never,
+        rtime: never,
         reserved: [0; 8],
     };
     // SAFETY: the descriptor is open for the call's time, and `info` has the layout and size that
     // the number promises, so the kernel writes inside it.
     unsafe { raw::get_subvol_info(folder.as_raw_fd(), &raw mut info) }?;
-    Ok(Identity {
+    let identity = Identity {
         tree: info.treeid,
         uuid: info.uuid,
         parent_uuid: info.parent_uuid,
         origin: info.otransid,
-    })
+    };
+    Ok((identity, Duration::new(info.otime.sec, info.otime.nsec)))
+}
+
+/// Ends the running transaction, so that what is kept back in memory is in the trees
+/// (`BTRFS_IOC_START_SYNC`, `BTRFS_IOC_WAIT_SYNC`). Data is not written because of it.
+pub(super) fn commit(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    let mut transaction = 0;
+    // SAFETY: the descriptor is open for the call's time, and the kernel writes the one number.
+    unsafe { raw::start_sync(file.as_raw_fd(), &raw mut transaction) }?;
+    // SAFETY: the descriptor is open for the call's time, and the kernel reads the one number.
+    unsafe { raw::wait_sync(file.as_raw_fd(), &raw const transaction) }.map(drop)
 }
 
 /// A key of a btrfs tree; keys are ordered as the fields are.

@@ -18,9 +18,13 @@ mod files;
 #[cfg(target_os = "linux")]
 mod ioctl;
 #[cfg(target_os = "linux")]
+mod look;
+#[cfg(target_os = "linux")]
 mod pieces;
 #[cfg(target_os = "linux")]
 mod shares;
+#[cfg(target_os = "linux")]
+mod subvolumes;
 mod survey;
 #[cfg(target_os = "linux")]
 mod tree;

@@ -89,6 +89,7 @@ pub(super) struct Held {
 pub(super) struct Laid {
     /// Per volume: the data it alone has.
     pub(super) used_alone: Vec<u64>,
+    /// Each set once, in their order.
     pub(super) held: Vec<Held>,
 }
 
@@ -138,7 +139,7 @@ pub(super) fn lay(volumes: &[Vec<Chunk>]) -> Laid {
             cut(group, &mut sets, &mut counts, &mut sums);
         }
     }
-    let held = sums
+    let mut held: Vec<Held> = sums
         .held
         .iter()
         .enumerate()
@@ -148,6 +149,7 @@ pub(super) fn lay(volumes: &[Vec<Chunk>]) -> Laid {
             bytes: *bytes,
         })
         .collect();
+    held.sort_unstable_by(|a, b| a.by.cmp(&b.by));
     Laid {
         used_alone: sums.used_alone,
         held,
@@ -256,13 +258,8 @@ mod tests {
     }
 
     fn held(laid: &Laid) -> Vec<(Vec<usize>, u64)> {
-        let mut held: Vec<_> = laid
-            .held
-            .iter()
-            .map(|held| (held.by.clone(), held.bytes))
-            .collect();
-        held.sort();
-        held
+        let held = laid.held.iter();
+        held.map(|held| (held.by.clone(), held.bytes)).collect()
     }
 
     #[test]

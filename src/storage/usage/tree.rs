@@ -5,6 +5,10 @@
 //! again; a file that is gone, its folder's. So from the leaves written since a
 //! transaction follows all that is different since. The same leads from a snapshot
 //! to another of the same source, so that of a hundred branches one is read in full.
+//!
+//! btrfs keeps changes of inodes and folders back in memory until a transaction ends, and
+//! data until it is written. Both reach the tree in a later transaction than the last
+//! one seen, or the same, and so the next look.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::BorrowedFd;
@@ -73,6 +77,15 @@ pub(super) struct Subvolume {
     seen: u64,
 }
 
+/// What a look found different.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// Whether anything is.
+    pub(super) any: bool,
+    /// The inodes that may be.
+    pub(super) inodes: BTreeSet<u64>,
+}
+
 /// A tree that is being read.
 pub(super) struct Reader<'a> {
     pub(super) searcher: &'a mut Searcher,
@@ -119,6 +132,10 @@ impl Subvolume {
     }
 
     /// Reads a subvolume that was the same tree as this one up to the transaction `parted`.
+    ///
+    /// A change of this one that btrfs still keeps back may have been taken for the other's: once
+    /// it is in the tree (see [`commit`](super::ioctl::commit)), the other must look at all inodes
+    /// that [`Subvolume::refresh`] then names here.
     pub(super) fn sibling(
         &self,
         reader: &mut Reader<'_>,
@@ -136,33 +153,29 @@ impl Subvolume {
             .filter(|(_, inode)| inode.changed >= parted)
             .map(|(number, _)| *number)
             .collect();
-        sibling.follow(reader, changed_here)?;
+        sibling.refresh(reader, changed_here)?;
         Ok(sibling)
     }
 
-    /// Reads what changed since this was last read, and says whether anything did.
-    pub(super) fn refresh(&mut self, reader: &mut Reader<'_>) -> Result<bool, Errno> {
-        self.follow(reader, BTreeSet::new())
-    }
-
-    /// Takes over what was written since `seen`, and looks at each of the `suspects` anew.
-    fn follow(
+    /// Reads what changed since this was last read, and each of the `suspects` anew.
+    pub(super) fn refresh(
         &mut self,
         reader: &mut Reader<'_>,
         mut suspects: BTreeSet<u64>,
-    ) -> Result<bool, Errno> {
+    ) -> Result<Changes, Errno> {
         let tree = self.identity.tree;
         let found = reader.find(tree, FIRST_INODE..=LAST_INODE, self.seen)?;
         let newest = self.seen.max(found.newest);
-        let mut differs = false;
+        let mut changes = Changes::default();
         for (number, found) in found.inodes {
+            changes.inodes.insert(number);
             match self.inodes.get(&number) {
                 Some(old) if !suspects.contains(&number) => {
                     match old.patched(&found, reader.chunks) {
                         Some(new) if new == **old => {}
                         // What is in a folder is read with the folder.
                         Some(new) if !new.is_folder => {
-                            differs = true;
+                            changes.any = true;
                             self.inodes.insert(number, Arc::new(new));
                         }
                         _ => drop(suspects.insert(number)),
@@ -179,6 +192,7 @@ impl Subvolume {
             if !looked_at.insert(number) {
                 continue;
             }
+            changes.inodes.insert(number);
             let found = reader.find(tree, number..=number, 0)?;
             let found = found.inodes.into_iter().next().map(|(_, found)| found);
             let children = found.as_ref().map(|found| found.children.clone());
@@ -189,13 +203,20 @@ impl Subvolume {
                         suspects.extend(self.moved(number, &children));
                     }
                     let old = self.inodes.insert(number, Arc::new(new));
-                    differs |= old.as_ref() != self.inodes.get(&number);
+                    changes.any |= old.as_ref() != self.inodes.get(&number);
                 }
-                None => differs |= self.inodes.remove(&number).is_some(),
+                None => {
+                    if let Some(old) = self.inodes.remove(&number) {
+                        changes.any = true;
+                        if old.is_folder {
+                            suspects.extend(self.moved(number, &HashSet::new()));
+                        }
+                    }
+                }
             }
         }
         self.seen = newest;
-        Ok(differs)
+        Ok(changes)
     }
 
     /// Inodes of a folder that are new there, or no longer there.
