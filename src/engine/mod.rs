@@ -24,6 +24,7 @@ mod parent;
 mod project;
 mod recover;
 mod root;
+mod usage;
 mod view;
 mod worktrees;
 
@@ -46,7 +47,8 @@ pub use instances::{InstanceState, Lease, Served};
 pub use project::Registered;
 pub use recover::Reconciled;
 pub use root::InitRequest;
-pub use view::{BranchView, Credentials, PoolView, UsageView};
+pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
+pub use view::{BranchView, Credentials};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
@@ -150,6 +152,8 @@ struct Inner {
     registering: tokio::sync::Mutex<()>,
     /// Admits one change of a project's place at a time.
     moving: Mutex<()>,
+    /// Admits one look at what volumes take at a time.
+    measuring: tokio::sync::Mutex<()>,
     /// Set when the daemon is about to end: nothing is started any more.
     closing: AtomicBool,
     tasks: TaskTracker,
@@ -175,6 +179,7 @@ impl Engine {
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
+            measuring: tokio::sync::Mutex::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))

@@ -4,10 +4,9 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::instances::InstanceState;
-use super::{Engine, EngineError, Result, blocking};
+use super::{Engine, EngineError, Result};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
-use crate::storage::Usage;
 use crate::types::{BackendAddress, BranchName, Password};
 
 /// A branch and what is observed of it.
@@ -19,23 +18,6 @@ pub struct BranchView {
     /// Whether the project's endpoint shows it.
     pub active: bool,
     pub sessions: usize,
-}
-
-/// A branch's bytes.
-#[derive(Debug, Clone)]
-pub struct UsageView {
-    pub name: BranchName,
-    pub trashed: bool,
-    pub usage: Usage,
-}
-
-/// A pool's room, in bytes.
-#[derive(Debug, Clone)]
-pub struct PoolView {
-    pub driver: String,
-    pub path: PathBuf,
-    pub total_bytes: u64,
-    pub free_bytes: u64,
 }
 
 /// How to connect.
@@ -223,56 +205,6 @@ impl Engine {
             .filter(|b| b.parent.as_ref() == Some(&branch.id) && b.trashed_at.is_none())
             .map(|b| b.name)
             .collect())
-    }
-
-    pub async fn usage_of(&self, branch: &BranchRecord) -> Result<Usage> {
-        let driver = self.driver(branch).await?;
-        let volume = branch.volume.clone();
-        blocking(move || Ok(driver.usage(&volume)?)).await
-    }
-
-    /// Bytes of every branch of a project, and the room in the pool of its newest.
-    pub async fn usage(&self, location: &Location) -> Result<(Vec<UsageView>, Option<PoolView>)> {
-        let project = self.project_at(location)?;
-        let branches = self.0.registry.branches(&project.id)?;
-        let mut views = Vec::new();
-        for branch in branches.iter().filter(|b| b.stage == Stage::Ready) {
-            let usage = match self.usage_of(branch).await {
-                Ok(usage) => usage,
-                // Destroyed meanwhile.
-                Err(_)
-                    if self
-                        .0
-                        .registry
-                        .branch(&branch.id)?
-                        .is_none_or(|b| b.stage != Stage::Ready) =>
-                {
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            views.push(UsageView {
-                name: branch.name.clone(),
-                trashed: branch.trashed_at.is_some(),
-                usage,
-            });
-        }
-        let Some(newest) = branches.last() else {
-            return Ok((views, None));
-        };
-        let driver = self.driver(newest).await?;
-        let pool = newest.pool.clone();
-        let kind = driver.kind().to_string();
-        let space = blocking(move || Ok(driver.space()?)).await?;
-        Ok((
-            views,
-            Some(PoolView {
-                driver: kind,
-                path: pool,
-                total_bytes: space.total_bytes,
-                free_bytes: space.free_bytes,
-            }),
-        ))
     }
 
     /// Things worth knowing about where a place stands.

@@ -10,7 +10,9 @@
 #[cfg(target_os = "macos")]
 pub(super) use apple::{clone_file, clone_folder};
 #[cfg(target_os = "linux")]
-pub(super) use linux::{share, take_over_nocow};
+pub(in crate::storage) use linux::share;
+#[cfg(target_os = "linux")]
+pub(super) use linux::take_over_nocow;
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -40,7 +42,7 @@ mod linux {
     }
 
     /// Makes the empty file `to` share all blocks of `from`.
-    pub(in crate::storage::files) fn share(
+    pub(in crate::storage) fn share(
         from: BorrowedFd<'_>,
         to: BorrowedFd<'_>,
     ) -> Result<(), Errno> {
