@@ -15,6 +15,8 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
+#[cfg(all(test, target_os = "linux"))]
+mod many_tests;
 mod pool;
 mod usage;
 
