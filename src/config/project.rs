@@ -134,7 +134,7 @@ fn default_port_min() -> u16 {
 }
 
 fn default_port_max() -> u16 {
-    15999
+    17499
 }
 
 fn default_switch_grace() -> Duration {

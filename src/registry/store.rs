@@ -1,5 +1,6 @@
 //! The registry's file and its statements.
 
+use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,8 +29,10 @@ pub enum RegistryError {
     NameTaken(BranchName),
     #[error("the project was deleted meanwhile")]
     ProjectGone,
-    #[error("no free port from {min} to {max}")]
-    NoPort { min: u16, max: u16 },
+    #[error(
+        "no free port from {min} to {max} for another branch: {taken} belong to branches, others to other programs"
+    )]
+    NoPort { min: u16, max: u16, taken: usize },
 }
 
 impl RegistryError {
@@ -223,7 +226,7 @@ impl Registry {
             if project_by_id(c, &new.project)?.is_none_or(|p| p.deleted_at.is_some()) {
                 return Err(RegistryError::ProjectGone);
             }
-            let taken: Vec<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?;
+            let taken: HashSet<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?.into_iter().collect();
             // In a circle: the URL of a branch that is no more shall not reach the next one.
             let last: u16 = c.query_row(
                 "SELECT last_port FROM projects WHERE id = ?1",
@@ -233,7 +236,11 @@ impl Registry {
             let port = (ports.0.max(last.saturating_add(1))..=ports.1)
                 .chain(ports.0..=ports.1)
                 .find(|port| !taken.contains(port) && usable(*port))
-                .ok_or(RegistryError::NoPort { min: ports.0, max: ports.1 })?;
+                .ok_or_else(|| RegistryError::NoPort {
+                    min: ports.0,
+                    max: ports.1,
+                    taken: taken.iter().filter(|port| (ports.0..=ports.1).contains(port)).count(),
+                })?;
             c.execute(
                 "UPDATE projects SET last_port = ?2 WHERE id = ?1",
                 params![new.project.as_str(), port],
