@@ -110,7 +110,7 @@ impl<'a> Family<'a> {
 
     /// Gives a member bytes of its own.
     fn mark(&self, member: &VolumeId, size: u64) -> Result<()> {
-        let mut file = File::create(self.path(member).join(format!("mark-{}", member)))?;
+        let mut file = File::create(self.path(member).join(format!("mark-{member}")))?;
         // Not zeros, which a file system may leave out.
         let mut state = 1 | u64::from_str_radix(&member.as_str()[..4], 36).unwrap_or(7);
         let mut bytes = Vec::new();

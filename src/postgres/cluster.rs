@@ -156,7 +156,9 @@ pub fn shed(data_dir: &Path) -> Result<(), ClusterError> {
 fn is_cumulative_statistics(name: &OsStr) -> bool {
     name.to_str().is_some_and(|name| {
         matches!(name, "pgstat.stat" | "global.stat")
-            || name.starts_with("db_") && name.ends_with(".stat")
+            || name
+                .strip_prefix("db_")
+                .is_some_and(|rest| rest.strip_suffix(".stat").is_some())
     })
 }
 

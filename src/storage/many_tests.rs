@@ -1,5 +1,6 @@
 //! Many clones, deleted in any order: what is freed is what nobody shares any more, by the count of a
 //! file system on which nobody else writes.
+#![cfg(target_os = "linux")]
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -83,7 +84,7 @@ fn run(command: &mut Command) -> Result<(), String> {
     command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let out = command
         .output()
-        .map_err(|e| format!("{:?}: {e}", command.get_program()))?;
+        .map_err(|e| format!("{}: {e}", command.get_program().display()))?;
     if out.status.success() {
         return Ok(());
     }
@@ -191,7 +192,7 @@ impl Many {
     }
 
     fn used(&self) -> u64 {
-        nix::unistd::syncfs(&File::open(self.driver.pool()).unwrap()).unwrap();
+        nix::unistd::syncfs(File::open(self.driver.pool()).unwrap()).unwrap();
         let space = self.driver.space().unwrap();
         space.total_bytes - space.free_bytes
     }

@@ -15,7 +15,7 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod many_tests;
 mod pool;
 mod usage;
