@@ -137,7 +137,7 @@ fn default_port_min() -> u16 {
 }
 
 fn default_port_max() -> u16 {
-    15999
+    17499
 }
 
 fn default_route_by_process() -> bool {

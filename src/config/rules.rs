@@ -49,7 +49,7 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(
         "port_max",
-        "the last of the branches' own ports, port_min to 65535 (default 15999)",
+        "the last of the branches' own ports, port_min to 65535 (default 17499)",
     ),
     key(
         "postgres.version",

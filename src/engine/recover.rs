@@ -14,6 +14,7 @@ use super::{Engine, Reporter, Result, blocking};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::StopMode;
+use crate::types::BranchId;
 
 /// What reconciling did, or would do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -45,7 +46,14 @@ impl Engine {
                 }
             }
             let branches = self.0.registry.branches(&project.id)?;
-            join_all(branches.iter().map(|branch| self.take_up(branch))).await;
+            let may_run = self.containers_of(&project, &branches).await;
+            join_all(branches.iter().map(|branch| {
+                let is_docker = branch.server.runtime == "docker";
+                let stopped =
+                    is_docker && may_run.as_ref().is_some_and(|m| !m.contains(&branch.id));
+                self.take_up(branch, stopped)
+            }))
+            .await;
         }
         Ok(())
     }
@@ -92,11 +100,29 @@ impl Engine {
         }
     }
 
-    async fn take_up(&self, branch: &BranchRecord) {
+    /// The branches that have a container: one question to Docker instead of one for each branch,
+    /// of which there may be a thousand. None where each must be looked at.
+    async fn containers_of(
+        &self,
+        project: &ProjectRecord,
+        branches: &[BranchRecord],
+    ) -> Option<HashSet<BranchId>> {
+        let docker = branches.iter().find(|b| b.server.runtime == "docker")?;
+        let (runtime, _) = self.runtime(&docker.server).await.ok()?;
+        runtime.may_run(&project.id).await.ok()?
+    }
+
+    /// Finds a branch's instance, unless it is known to be `stopped`, and opens its port.
+    async fn take_up(&self, branch: &BranchRecord, stopped: bool) {
         if branch.stage != Stage::Ready {
             return;
         }
-        match self.adopt(branch).await {
+        let adopted = if stopped {
+            Ok(false)
+        } else {
+            self.adopt(branch).await
+        };
+        match adopted {
             // It was trashed, and the daemon died before its instance had stopped.
             Ok(true) if branch.trashed_at.is_some() => {
                 if let Err(e) = self.stop(&branch.id).await {

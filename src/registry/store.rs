@@ -1,5 +1,6 @@
 //! The registry's file and its statements.
 
+use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,8 +29,10 @@ pub enum RegistryError {
     NameTaken(BranchName),
     #[error("the project was deleted meanwhile")]
     ProjectGone,
-    #[error("no free port from {min} to {max}")]
-    NoPort { min: u16, max: u16 },
+    #[error(
+        "no free port from {min} to {max} for another branch: {taken} belong to branches, others to other programs"
+    )]
+    NoPort { min: u16, max: u16, taken: usize },
 }
 
 impl RegistryError {
@@ -445,12 +448,14 @@ fn take_port(
     (min, max): (u16, u16),
     usable: impl Fn(u16) -> bool,
 ) -> Result<u16> {
-    let taken: Vec<u16> = all(
+    let taken: HashSet<u16> = all(
         connection,
         "SELECT port FROM branches UNION SELECT port FROM endpoints WHERE port IS NOT NULL",
         [],
         |row| row.get(0),
-    )?;
+    )?
+    .into_iter()
+    .collect();
     let last: u16 = connection.query_row(
         "SELECT last_port FROM projects WHERE id = ?1",
         [project.as_str()],
@@ -459,7 +464,11 @@ fn take_port(
     let port = (min.max(last.saturating_add(1))..=max)
         .chain(min..=max)
         .find(|port| !taken.contains(port) && usable(*port))
-        .ok_or(RegistryError::NoPort { min, max })?;
+        .ok_or_else(|| RegistryError::NoPort {
+            min,
+            max,
+            taken: taken.iter().filter(|port| (min..=max).contains(*port)).count(),
+        })?;
     connection.execute(
         "UPDATE projects SET last_port = ?2 WHERE id = ?1",
         params![project.as_str(), port],

@@ -16,6 +16,8 @@ mod contract;
 mod copy;
 mod detect;
 mod files;
+#[cfg(test)]
+mod many_tests;
 mod pool;
 mod reflink;
 mod usage;
