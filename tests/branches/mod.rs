@@ -5,6 +5,7 @@ mod delete;
 mod demo;
 mod load;
 mod projects;
+mod recut;
 mod room;
 mod story;
 mod suspend;
