@@ -3,6 +3,7 @@
 mod damage;
 mod delete;
 mod demo;
+mod image;
 mod load;
 mod projects;
 mod recut;
