@@ -212,7 +212,10 @@ impl Engine {
     }
 
     pub async fn volume(&self, branch: &BranchRecord) -> Result<PathBuf> {
-        Ok(self.driver(branch).await?.volume_path(&branch.volume))
+        let driver = self.driver(branch).await?;
+        // Not as the caller saw it: a fresh branch may be given another one before its first start.
+        let current = self.0.registry.branch(&branch.id)?;
+        Ok(driver.volume_path(&current.as_ref().unwrap_or(branch).volume))
     }
 
     pub fn children(&self, branch: &BranchRecord) -> Result<Vec<BranchName>> {
@@ -226,8 +229,16 @@ impl Engine {
 
     pub async fn usage_of(&self, branch: &BranchRecord) -> Result<Usage> {
         let driver = self.driver(branch).await?;
-        let volume = branch.volume.clone();
-        blocking(move || Ok(driver.usage(&volume)?)).await
+        let measure = |branch: &BranchRecord| {
+            let (driver, volume) = (driver.clone(), branch.volume.clone());
+            blocking(move || Ok(driver.usage(&volume)?))
+        };
+        let measured = measure(branch).await;
+        match self.0.registry.branch(&branch.id)? {
+            // It was given another volume meanwhile, and this one destroyed.
+            Some(now) if measured.is_err() && now.volume != branch.volume => measure(&now).await,
+            _ => measured,
+        }
     }
 
     /// Bytes of every branch of a project, and the room in the pool of its newest.
