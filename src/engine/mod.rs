@@ -23,6 +23,7 @@ mod instances;
 mod parent;
 mod project;
 mod recover;
+mod recut;
 mod root;
 mod usage;
 mod view;
