@@ -15,6 +15,7 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
+pub mod image;
 mod pool;
 mod usage;
 
@@ -181,6 +182,13 @@ pub enum StorageError {
         path: PathBuf,
         hint: String,
     },
+    /// The pool's file system is not mounted now, or the pool is about to go.
+    #[error("the pool {} {why}", path.display())]
+    OutOfUse {
+        path: PathBuf,
+        why: &'static str,
+        hint: String,
+    },
     #[error("volume {id} already exists in {}", pool.display())]
     Exists { id: VolumeId, pool: PathBuf },
     #[error("volume {id} is not in {}", pool.display())]
@@ -205,7 +213,7 @@ impl StorageError {
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
                 path.display()
             )),
-            Self::Denied { hint, .. } => Some(hint.clone()),
+            Self::Denied { hint, .. } | Self::OutOfUse { hint, .. } => Some(hint.clone()),
             Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
         }
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
-use super::{Space, StorageError};
+use super::{Space, StorageError, image};
 use crate::types::{Owner, VolumeId};
 
 /// Ending of a clone that is being made, and of a volume that is being destroyed.
@@ -28,6 +28,7 @@ impl Pool {
     /// Makes the folder when it is missing: mode 0711 as root, so that the owner of
     /// the volumes can pass through, else 0700.
     pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, StorageError> {
+        image::must_be_in_use(path)?;
         let root = Uid::effective().is_root();
         DirBuilder::new()
             .recursive(true)

@@ -6,6 +6,7 @@
 
 mod connect;
 mod container;
+mod host;
 mod image;
 mod once;
 

@@ -255,7 +255,8 @@ impl StorageDriver for Copy {
         };
         Some(format!(
             "every branch is a full copy of its parent's data in {} ({why}); on btrfs a branch takes \
-             milliseconds and next to no room, whatever the size: move the pool there",
+             milliseconds and next to no room, whatever the size: `dbranch storage setup` makes a pool \
+             with btrfs on any disk",
             self.pool.path().display()
         ))
     }
