@@ -34,8 +34,8 @@ pub(super) struct Once<'a> {
     pub(super) binds: Vec<String>,
     /// Declared volumes of the image to be hidden.
     pub(super) to_cover: Vec<String>,
-    /// Sees this machine's processes and may do what root may, for [`Docker::run_on_host`].
-    pub(super) is_privileged: bool,
+    /// Sees this machine's processes and may mount, for [`Docker::run_on_host`].
+    pub(super) steps_out: bool,
 }
 
 impl Docker {
@@ -90,8 +90,8 @@ impl Docker {
                 binds: Some(once.binds),
                 tmpfs: Some(covers(once.to_cover)),
                 network_mode: Some("none".into()),
-                ..if once.is_privileged {
-                    super::host::all_rights()
+                ..if once.steps_out {
+                    super::host::rights()
                 } else {
                     self.host_config()
                 }

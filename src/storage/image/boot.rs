@@ -85,11 +85,15 @@ impl BootPlaces {
             .position(|l| target_of(l).is_some_and(|t| t == mount))?;
         let mark = at.checked_sub(1).map(|n| lines[n]);
         let ours = mark.filter(|mark| marked_mount(mark) == Some(mount));
+        let before = |mark: &str| {
+            let alone = text.strip_suffix(&format!("\n{mark}\n{}\n", lines[at]))?;
+            mark.ends_with(LINE_END).then_some(alone.len() as u64)
+        };
         Some(AtBoot::Fstab {
             file: self.fstab.clone(),
             line: at + 1,
+            others_bytes: ours.and_then(before),
             ours: ours.map(|mark| [mark, lines[at]].join("\n")),
-            gave_line_end: ours.is_some_and(|m| m.ends_with(LINE_END)) && at + 1 == lines.len(),
         })
     }
 
@@ -166,8 +170,8 @@ pub enum AtBoot {
         line: usize,
         /// Our two lines as they stand there; none where somebody else wrote the line.
         ours: Option<String>,
-        /// The line end before ours is ours too, and ours are the last.
-        gave_line_end: bool,
+        /// Where ours are the last lines and the line end before is ours too: the bytes before.
+        others_bytes: Option<u64>,
     },
 }
 
@@ -204,25 +208,23 @@ impl AtBoot {
                 file,
                 line,
                 ours,
-                gave_line_end,
+                others_bytes,
             } => {
                 let (file, first) = (quoted_path(file), line - 1);
                 let ours = ours.as_deref().unwrap_or_default();
                 let (mark, entry) = ours.split_once('\n').unwrap_or((ours, ""));
-                let mut commands = vec![
-                    format!(
-                        "sed -n {first}p {file} | grep -qxF {} &&\n  \
-                         sed -n {line}p {file} | grep -qxF {} ||\n  \
-                         {{ echo {file} was changed meanwhile, run it again >&2; exit 1; }}",
-                        quoted(mark),
-                        quoted(entry)
-                    ),
-                    format!("sed -i {first},{line}d {file}"),
-                ];
-                if *gave_line_end {
-                    commands.push(format!("truncate -s -1 {file}"));
-                }
-                commands
+                let unchanged = format!(
+                    "sed -n {first}p {file} | grep -qxF {} &&\n  \
+                     sed -n {line}p {file} | grep -qxF {} ||\n  \
+                     {{ echo {file} was changed meanwhile, run it again >&2; exit 1; }}",
+                    quoted(mark),
+                    quoted(entry)
+                );
+                let removed = match others_bytes {
+                    Some(bytes) => format!("truncate -s {bytes} {file}"),
+                    None => format!("sed -i {first},{line}d {file}"),
+                };
+                vec![unchanged, removed]
             }
         }
     }

@@ -106,7 +106,9 @@ impl<'a> Work<'a> {
                 (true, Root::Self_) => "as root".to_owned(),
                 (true, Root::Sudo { .. }) => "as root, by sudo".to_owned(),
                 (true, Root::Container { image }) => {
-                    format!("as root, by a container of {image} that Docker gives all rights")
+                    format!(
+                        "as root, by a container of {image} that may mount and sees this machine"
+                    )
                 }
                 (true, Root::Nobody) => "as root, which is left to you".to_owned(),
             };

@@ -47,7 +47,7 @@ fn standing() -> Observed {
             file: "/etc/fstab".into(),
             line: 2,
             ours: Some("# mark\nline".into()),
-            gave_line_end: false,
+            others_bytes: None,
         }),
         ..nothing()
     }
@@ -250,7 +250,7 @@ fn what_others_wrote_into_fstab_is_left_to_them() {
             file: "/etc/fstab".into(),
             line: 2,
             ours: None,
-            gave_line_end: false,
+            others_bytes: None,
         }),
         ..standing()
     };
