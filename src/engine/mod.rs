@@ -251,6 +251,7 @@ impl Engine {
         if !(branch.pool.join(POOL_MARK).exists()
             || branch.pool.join(branch.volume.as_str()).exists())
         {
+            storage::image::must_be_in_use(&branch.pool)?;
             return Err(EngineError::refused(format!(
                 "the pool {} of branch `{}` is not there",
                 branch.pool.display(),

@@ -209,6 +209,9 @@ impl StorageError {
                 "choose the storage driver `auto` or `copy`, or a pool on a btrfs file system"
                     .into(),
             ),
+            Self::NoRoom { path, .. } if image::is_set_up(path) => {
+                Some("delete branches (`dbranch usage`), or give the pool more: `dbranch storage grow --size SIZE`".into())
+            }
             Self::NoRoom { path, .. } => Some(format!(
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
                 path.display()

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -167,18 +167,22 @@ impl Pool {
     }
 
     pub(super) fn space(&self) -> Result<Space, StorageError> {
-        let stat = statvfs(&self.path)
-            .map_err(|e| StorageError::io("read the free room of", &self.path)(e.into()))?;
-        #[expect(
-            clippy::useless_conversion,
-            reason = "the counts have 32 bits on some systems"
-        )]
-        let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
-        Ok(Space {
-            total_bytes: bytes(stat.blocks()),
-            free_bytes: bytes(stat.blocks_available()),
-        })
+        space_of(&self.path).map_err(StorageError::io("read the free room of", &self.path))
     }
+}
+
+/// Room in the file system that holds a path.
+pub(super) fn space_of(path: &Path) -> io::Result<Space> {
+    let stat = statvfs(path)?;
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the counts have 32 bits on some systems"
+    )]
+    let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
+    Ok(Space {
+        total_bytes: bytes(stat.blocks()),
+        free_bytes: bytes(stat.blocks_available()),
+    })
 }
 
 /// Opens a folder, and no link to one.

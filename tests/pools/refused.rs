@@ -1,7 +1,8 @@
 //! What is not touched, and what is not promised.
 
 use std::fs;
-use std::process::Command;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 use super::Pools;
 use crate::support::{Server, Storage, TestEnv, need_root};
@@ -99,6 +100,60 @@ fn a_pool_that_is_not_mounted_gets_no_branch() {
     pools.boot();
     let _ = env.dbranch(&["init-postgres"]).ok();
     pools.halt();
+}
+
+#[test]
+fn a_variable_that_names_another_pool_is_said_to_win() {
+    let Some(mut pools) = Pools::new() else {
+        return;
+    };
+    let elsewhere = pools.env.path("elsewhere/pool");
+    pools.env.set("DBRANCH_POOL", &elsewhere);
+    let _ = pools.set_up().says(&["DBRANCH_POOL is set", "which wins"]);
+    assert_eq!(
+        pools.settings()["pool"],
+        *pools.pool().display().to_string()
+    );
+    pools.env.unset("DBRANCH_POOL");
+    let _ = pools.env.dbranch(&["shutdown"]).ok();
+    let _ = pools.set_up().says(&["nothing to do"]);
+    let _ = pools.storage(&["remove", "--yes"]).ok();
+    pools.nothing_is_left();
+}
+
+#[test]
+fn on_a_terminal_init_offers_a_pool_and_takes_no_for_an_answer() {
+    let Some(mut pools) = Pools::new() else {
+        return;
+    };
+    // A variable would be a choice already.
+    pools.env.set("DBRANCH_STORAGE", "");
+    let env = &pools.env;
+    // Name, port, the offer, and then the plan that it shows.
+    let mut on_terminal = env.command("timeout", &env.repo());
+    on_terminal
+        .args(["60", "script"])
+        .args([
+            "--quiet",
+            "--return",
+            "--command",
+            "dbranch init",
+            "/dev/null",
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = on_terminal.spawn().expect("script runs");
+    let mut stdin = child.stdin.take().expect("piped");
+    let answers = format!("shop\n{}\ny\nn\n", env.ports.first);
+    stdin.write_all(answers.as_bytes()).expect("it reads");
+    let said = child.wait_with_output().expect("it ends");
+    drop(stdin);
+    let said = String::from_utf8_lossy(&said.stdout);
+    for words in ["Do it now?", "mkfs.btrfs", "Go on?", "you said no"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    assert!(!pools.image().exists());
+    assert_eq!(env.dbranch(&["status", "--json"]).json()["project"], "shop");
 }
 
 #[test]

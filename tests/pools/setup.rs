@@ -69,7 +69,7 @@ fn a_pool_on_any_disk_makes_branches_instant_and_survives_a_restart() {
     pools.halt();
     let _ = env
         .dbranch(&["create", "early"])
-        .fails(1, &["is not there"]);
+        .fails(1, &["is not mounted", "dbranch storage setup"]);
     let _ = pools.storage(&["status"]).ok();
     assert_eq!(pools.status()["problem"], "it is not mounted");
     pools.boot();

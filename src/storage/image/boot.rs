@@ -74,7 +74,7 @@ impl BootPlaces {
         if let Ok(text) = fs::read_to_string(&unit) {
             return Some(AtBoot::Unit {
                 told: self.way == Way::Systemd,
-                ours: text.starts_with(UNIT_MARK),
+                ours: text.starts_with(UNIT_MARK).then_some(text),
                 file: unit,
             });
         }
@@ -95,6 +95,29 @@ impl BootPlaces {
             others_bytes: ours.and_then(before),
             ours: ours.map(|mark| [mark, lines[at]].join("\n")),
         })
+    }
+
+    /// Commands that make what is written down say what it should; none where it does, or where
+    /// somebody else wrote it.
+    pub(super) fn renew(&self, found: &AtBoot, places: &Places, fs: FileSystem) -> Vec<String> {
+        match found {
+            AtBoot::Unit {
+                ours: Some(text), ..
+            } if *text != unit_text(places, fs) => self.write(places, fs),
+            AtBoot::Fstab {
+                file,
+                line,
+                ours: Some(ours),
+                ..
+            } if !ours.ends_with(&format!("\n{}", fstab_line(places, fs))) => {
+                // sed(1) takes one backslash away.
+                let text = fstab_line(places, fs).replace('\\', "\\\\");
+                let file = quoted_path(file);
+                let replace = format!("sed -i {} {file}", quoted(&format!("{line}c\\{text}")));
+                vec![unchanged(&file, *line, ours), replace]
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// Commands that write it down. They run as root.
@@ -162,7 +185,8 @@ pub enum AtBoot {
         file: PathBuf,
         /// Whether systemd runs and must be told.
         told: bool,
-        ours: bool,
+        /// Its text; none where somebody else wrote it.
+        ours: Option<String>,
     },
     Fstab {
         file: PathBuf,
@@ -186,8 +210,7 @@ impl AtBoot {
     /// Whether dbranch wrote it, and so may take it away.
     pub fn is_ours(&self) -> bool {
         match self {
-            Self::Unit { ours, .. } => *ours,
-            Self::Fstab { ours, .. } => ours.is_some(),
+            Self::Unit { ours, .. } | Self::Fstab { ours, .. } => ours.is_some(),
         }
     }
 
@@ -212,19 +235,11 @@ impl AtBoot {
             } => {
                 let (file, first) = (quoted_path(file), line - 1);
                 let ours = ours.as_deref().unwrap_or_default();
-                let (mark, entry) = ours.split_once('\n').unwrap_or((ours, ""));
-                let unchanged = format!(
-                    "sed -n {first}p {file} | grep -qxF {} &&\n  \
-                     sed -n {line}p {file} | grep -qxF {} ||\n  \
-                     {{ echo {file} was changed meanwhile, run it again >&2; exit 1; }}",
-                    quoted(mark),
-                    quoted(entry)
-                );
                 let removed = match others_bytes {
                     Some(bytes) => format!("truncate -s {bytes} {file}"),
                     None => format!("sed -i {first},{line}d {file}"),
                 };
-                vec![unchanged, removed]
+                vec![unchanged(&file, *line, ours), removed]
             }
         }
     }
@@ -256,6 +271,19 @@ pub fn set_up_pools(boot: &BootPlaces) -> Vec<PathBuf> {
     found
 }
 
+/// Asserts that our two lines stand where they stood.
+fn unchanged(file: &str, line: usize, ours: &str) -> String {
+    let (mark, entry) = ours.split_once('\n').unwrap_or((ours, ""));
+    format!(
+        "sed -n {}p {file} | grep -qxF {} &&\n  \
+         sed -n {line}p {file} | grep -qxF {} ||\n  \
+         {{ echo {file} was changed meanwhile, run it again >&2; exit 1; }}",
+        line - 1,
+        quoted(mark),
+        quoted(entry)
+    )
+}
+
 fn unit_text(places: &Places, fs: FileSystem) -> String {
     // A percent sign begins a specifier (systemd.unit(5)).
     let path = |path: &Path| path.display().to_string().replace('%', "%%");
@@ -278,7 +306,7 @@ fn unit_text(places: &Places, fs: FileSystem) -> String {
     )
 }
 
-fn fstab_line(places: &Places, fs: FileSystem) -> String {
+pub(super) fn fstab_line(places: &Places, fs: FileSystem) -> String {
     format!(
         "{} {} {fs} loop,nofail,{} 0 0",
         fstab_field(&places.image()),
@@ -374,20 +402,22 @@ mod tests {
         assert_eq!(target_of(""), None);
     }
 
+    fn run(commands: &[String], file: &Path) -> String {
+        let script = format!("set -eu\n{}", commands.join("\n"));
+        let status = std::process::Command::new("sh")
+            .args(["-c", &script])
+            .status();
+        assert!(status.unwrap().success(), "{script}");
+        fs::read_to_string(file).unwrap()
+    }
+
     /// Runs what `write` and `remove` say and returns the file after each.
     fn written_and_removed(before: &str) -> (String, String) {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("fstab");
         fs::write(&file, before).unwrap();
         let boot = BootPlaces::or_else(None, Some(file.clone()));
-        let run = |commands: &[String]| {
-            let script = format!("set -eu\n{}", commands.join("\n"));
-            let status = std::process::Command::new("sh")
-                .args(["-c", &script])
-                .status();
-            assert!(status.unwrap().success(), "{script}");
-            fs::read_to_string(&file).unwrap()
-        };
+        let run = |commands: &[String]| run(commands, &file);
         assert_eq!(boot.find(places().mount()), None);
         let written = run(&boot.write(&places(), FileSystem::Btrfs));
         assert_eq!(set_up_pools(&boot), [places().mount()]);
@@ -413,6 +443,37 @@ mod tests {
             );
             assert_eq!(removed, before);
         }
+    }
+
+    #[test]
+    fn what_an_older_version_wrote_is_renewed_in_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("fstab");
+        fs::write(&file, "# first\n").unwrap();
+        let boot = BootPlaces::or_else(None, Some(file.clone()));
+        let find = || boot.find(places().mount()).unwrap();
+        let older = run(&boot.write(&places(), FileSystem::Btrfs), &file) + "# last";
+        fs::write(&file, &older).unwrap();
+        assert!(boot.renew(&find(), &places(), FileSystem::Btrfs).is_empty());
+        let renewed = run(&boot.renew(&find(), &places(), FileSystem::Xfs), &file);
+        let line = |fs| fstab_line(&places(), fs);
+        assert_eq!(
+            renewed,
+            older.replace(&line(FileSystem::Btrfs), &line(FileSystem::Xfs))
+        );
+        assert!(boot.renew(&find(), &places(), FileSystem::Xfs).is_empty());
+
+        let units = BootPlaces::or_else(Some(dir.path().into()), None);
+        let find = || units.find(places().mount()).unwrap();
+        let unit = dir.path().join(unit_name(places().mount()));
+        run(&units.write(&places(), FileSystem::Btrfs), &unit);
+        assert!(
+            units
+                .renew(&find(), &places(), FileSystem::Btrfs)
+                .is_empty()
+        );
+        run(&units.renew(&find(), &places(), FileSystem::Xfs), &unit);
+        assert!(units.renew(&find(), &places(), FileSystem::Xfs).is_empty());
     }
 
     #[test]

@@ -5,9 +5,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::sys::statvfs::statvfs;
-
 use super::FileSystem;
+use crate::storage::pool::space_of;
 
 /// Whether the kernel knows a file system or can load it. Yes, where that can't be told:
 /// mounting tells then.
@@ -57,12 +56,7 @@ pub fn free_bytes(path: &Path) -> io::Result<u64> {
         .ancestors()
         .find(|p| p.exists())
         .unwrap_or(Path::new("/"));
-    let stat = statvfs(there)?;
-    #[expect(
-        clippy::useless_conversion,
-        reason = "the counts have 32 bits on some systems"
-    )]
-    Ok(u64::from(stat.blocks_available()).saturating_mul(u64::from(stat.fragment_size())))
+    Ok(space_of(there)?.free_bytes)
 }
 
 #[cfg(test)]

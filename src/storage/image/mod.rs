@@ -185,9 +185,15 @@ impl Places {
     }
 }
 
+/// Whether a pool is one that dbranch has set up.
+pub(super) fn is_set_up(pool: &Path) -> bool {
+    let mount = pool.to_owned();
+    Places { mount }.image().exists()
+}
+
 /// Refuses the mount point of a pool that is not mounted now, or is being removed: what was
 /// written into it would be hidden by the next mount, or lost.
-pub(super) fn must_be_in_use(pool: &Path) -> Result<(), StorageError> {
+pub fn must_be_in_use(pool: &Path) -> Result<(), StorageError> {
     let removed = Places {
         mount: pool.to_owned(),
     }

@@ -5,10 +5,10 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
 
 use super::{AtBoot, BootPlaces, FileSystem, NOT_MOUNTED, Places, superblock};
+use crate::storage::pool::space_of;
 use crate::types::Owner;
 
 /// What there is of a pool.
@@ -177,13 +177,7 @@ fn mount_point(places: &Places) -> io::Result<MountPoint> {
 
 fn mounted(places: &Places, mount: Mount) -> io::Result<Mounted> {
     let meta = fs::metadata(places.mount())?;
-    let stat = statvfs(places.mount())?;
-    #[expect(
-        clippy::useless_conversion,
-        reason = "the counts have 32 bits on some systems"
-    )]
-    let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
-    let total_bytes = bytes(stat.blocks());
+    let space = space_of(places.mount())?;
     let device = mount.source.strip_prefix("/dev/");
     let of_device = |file: &str| {
         let text = fs::read_to_string(Path::new("/sys/block").join(device?).join(file)).ok()?;
@@ -205,14 +199,14 @@ fn mounted(places: &Places, mount: Mount) -> io::Result<Mounted> {
             gid: meta.gid(),
         },
         mode: meta.mode() & 0o7777,
-        total_bytes,
-        free_bytes: bytes(stat.blocks_available()),
+        total_bytes: space.total_bytes,
+        free_bytes: space.free_bytes,
         // In units of 512 bytes, whatever the device's are (Documentation/ABI/stable/sysfs-block).
         device_bytes: of_device("size")
             .and_then(|n| n.parse::<u64>().ok())
             .unwrap_or(0)
             * 512,
-        file_system_bytes: total_bytes + log_bytes,
+        file_system_bytes: space.total_bytes + log_bytes,
         file_system: mount.file_system,
         options: mount.options,
         source: mount.source,

@@ -149,8 +149,11 @@ pub fn set_up(found: &Observed, want: &SetUp, boot: &BootPlaces) -> Result<Plan,
         ];
         plan.step(own, "the folder it is mounted on", commands);
     }
-    if found.at_boot.is_none() {
-        let commands = boot.write(places, file_system);
+    let commands = match &found.at_boot {
+        None => boot.write(places, file_system),
+        Some(at_boot) => boot.renew(at_boot, places, file_system),
+    };
+    if !commands.is_empty() {
         plan.step(true, "mount it whenever this machine starts", commands);
     }
     if mounted.is_none() {
@@ -187,13 +190,11 @@ fn make_image(
     let (image, part) = (quoted_path(&places.image()), quoted_path(&places.partial()));
     let own = found.runs_as_root();
     let mut commands = vec![
+        format!("mkdir -p {}", quoted_path(places.parent())),
         format!("rm -f {part}"),
         format!("truncate -s {size} {part}"),
         format!("chmod 600 {part}"),
     ];
-    if !places.parent().exists() {
-        commands.insert(0, format!("mkdir -p {}", quoted_path(places.parent())));
-    }
     if own && want.owner.uid != 0 {
         commands.push(format!(
             "chown {}:{} {part}",

@@ -1,3 +1,4 @@
+use super::super::boot::fstab_line;
 use super::super::{AtBoot, Mounted, Places};
 use super::*;
 
@@ -46,7 +47,10 @@ fn standing() -> Observed {
         at_boot: Some(AtBoot::Fstab {
             file: "/etc/fstab".into(),
             line: 2,
-            ours: Some("# mark\nline".into()),
+            ours: Some(format!(
+                "# mark\n{}",
+                fstab_line(&nothing().places, FileSystem::Btrfs)
+            )),
             others_bytes: None,
         }),
         ..nothing()
