@@ -25,7 +25,9 @@ mod pools;
 mod project;
 mod recover;
 mod root;
+mod usage;
 mod view;
+mod worktrees;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -47,7 +49,8 @@ pub use pools::{Adopted, BranchesInPool, PoolChange, PoolFile, PoolJob, PoolPlan
 pub use project::Registered;
 pub use recover::Reconciled;
 pub use root::InitRequest;
-pub use view::{BranchView, Credentials, PoolView, UsageView};
+pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
+pub use view::{BranchView, Credentials};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
@@ -151,6 +154,8 @@ struct Inner {
     registering: tokio::sync::Mutex<()>,
     /// Admits one change of a project's place at a time.
     moving: Mutex<()>,
+    /// Admits one look at what volumes take at a time.
+    measuring: tokio::sync::Mutex<()>,
     /// Set when the daemon is about to end: nothing is started any more.
     closing: AtomicBool,
     tasks: TaskTracker,
@@ -176,6 +181,7 @@ impl Engine {
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
+            measuring: tokio::sync::Mutex::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))
@@ -242,7 +248,7 @@ impl Engine {
 
     /// The driver of a branch's volume.
     async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
-        let kind = branch
+        let kind: storage::DriverKind = branch
             .driver
             .parse()
             .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
@@ -257,7 +263,7 @@ impl Engine {
                 branch.pool.display(),
                 branch.name
             ))
-            .hint("mount its file system again, then dbranch sync"));
+            .hint(format!("{}, then dbranch sync", kind.how_to_mount())));
         }
         self.open_pool(storage::Choice::Driver(kind), &branch.pool)
             .await

@@ -43,6 +43,9 @@ const STEPS: &[&str] = &["
         head     TEXT,
         PRIMARY KEY (project, git_dir)
     ) STRICT;
+", "
+    ALTER TABLE endpoints ADD COLUMN port INTEGER;
+    CREATE UNIQUE INDEX endpoint_ports ON endpoints(port);
 "];
 
 /// Brings the schema to this program's version, each step in a transaction.
