@@ -9,5 +9,6 @@ mod branches;
 mod cli;
 mod daemon;
 mod git;
+mod pools;
 mod rooms;
 mod sessions;

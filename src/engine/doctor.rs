@@ -105,13 +105,8 @@ impl Engine {
     }
 
     async fn check_pool(&self) -> Check {
-        let choice = match self
-            .0
-            .machine
-            .storage
-            .value
-            .parse::<crate::storage::Choice>()
-        {
+        let set = self.machine().storage.value;
+        let choice = match set.parse::<crate::storage::Choice>() {
             Ok(choice) => choice,
             Err(e) => {
                 return Check::problem(

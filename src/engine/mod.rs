@@ -21,6 +21,7 @@ mod error;
 mod follow;
 mod instances;
 mod parent;
+mod pools;
 mod project;
 mod recover;
 mod recut;
@@ -45,6 +46,7 @@ pub use doctor::{Check, Level};
 pub use error::{EngineError, Kind};
 pub use follow::{Followed, Switched, Target, Urge};
 pub use instances::{InstanceState, Lease, Served};
+pub use pools::{Adopted, BranchesInPool, PoolChange, PoolFile, PoolJob, PoolPlan, PoolStatus};
 pub use project::Registered;
 pub use recover::Reconciled;
 pub use root::InitRequest;
@@ -141,7 +143,7 @@ pub struct Engine(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     paths: Paths,
-    machine: Machine,
+    machine: Mutex<Machine>,
     registry: Registry,
     ports: Arc<dyn Ports>,
     owner: Owner,
@@ -170,7 +172,7 @@ impl Engine {
         let owner = owner_of_data()?;
         Ok(Self(Arc::new(Inner {
             paths,
-            machine,
+            machine: Mutex::new(machine),
             registry,
             ports,
             owner,
@@ -256,6 +258,7 @@ impl Engine {
         if !(branch.pool.join(POOL_MARK).exists()
             || branch.pool.join(branch.volume.as_str()).exists())
         {
+            storage::image::must_be_in_use(&branch.pool)?;
             return Err(EngineError::refused(format!(
                 "the pool {} of branch `{}` is not there",
                 branch.pool.display(),
@@ -310,13 +313,23 @@ impl Engine {
         nix::unistd::geteuid().is_root().then_some(self.0.owner)
     }
 
+    /// The machine's settings as they are now.
+    fn machine(&self) -> Machine {
+        lock(&self.0.machine).clone()
+    }
+
+    /// Reads the machine's settings anew: from here on they hold for what is made.
+    fn reload_machine(&self) -> Result<Machine> {
+        let machine = Machine::load(&self.0.paths)?;
+        *lock(&self.0.machine) = machine.clone();
+        Ok(machine)
+    }
+
     /// The pool for new projects.
     fn pool(&self) -> PathBuf {
-        self.0
-            .machine
+        self.machine()
             .pool
             .value
-            .clone()
             .unwrap_or_else(|| self.0.paths.default_pool().to_owned())
     }
 

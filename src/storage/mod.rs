@@ -16,6 +16,7 @@ mod contract;
 mod copy;
 mod detect;
 mod files;
+pub mod image;
 #[cfg(test)]
 mod many_tests;
 mod pool;
@@ -306,6 +307,13 @@ pub enum StorageError {
         path: PathBuf,
         hint: String,
     },
+    /// The pool's file system is not mounted now, or the pool is about to go.
+    #[error("the pool {} {why}", path.display())]
+    OutOfUse {
+        path: PathBuf,
+        why: &'static str,
+        hint: String,
+    },
     #[error("volume {id} already exists in {}", pool.display())]
     Exists { id: VolumeId, pool: PathBuf },
     #[error("volume {id} is not in {}", pool.display())]
@@ -325,6 +333,9 @@ impl StorageError {
             Self::Unsupported { .. } => Some(
                 "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
             ),
+            Self::NoRoom { path, .. } | Self::Full { pool: path, .. } if image::is_set_up(path) => {
+                Some("delete branches (`dbranch usage`), or give the pool more: `dbranch storage grow --size SIZE`".into())
+            }
             Self::NoRoom { path, .. } => Some(format!(
                 "free some room in {}, or move the pool to a file system that shares blocks (btrfs, ZFS, XFS)",
                 path.display()
@@ -333,7 +344,7 @@ impl StorageError {
                 "free some room in {} (dbranch usage shows what branches take), then try again",
                 pool.display()
             )),
-            Self::Denied { hint, .. } => Some(hint.clone()),
+            Self::Denied { hint, .. } | Self::OutOfUse { hint, .. } => Some(hint.clone()),
             Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
         }
     }

@@ -2,14 +2,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
-use super::{Space, StorageError};
+use super::{Space, StorageError, image};
 use crate::types::{Owner, VolumeId};
 
 /// Ending of a clone that is being made, and of a volume that is being destroyed.
@@ -28,6 +28,7 @@ impl Pool {
     /// Makes the folder when it is missing: mode 0711 as root, so that the owner of
     /// the volumes can pass through, else 0700.
     pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, StorageError> {
+        image::must_be_in_use(path)?;
         let root = Uid::effective().is_root();
         DirBuilder::new()
             .recursive(true)
@@ -166,18 +167,22 @@ impl Pool {
     }
 
     pub(super) fn space(&self) -> Result<Space, StorageError> {
-        let stat = statvfs(&self.path)
-            .map_err(|e| StorageError::io("read the free room of", &self.path)(e.into()))?;
-        #[expect(
-            clippy::useless_conversion,
-            reason = "the counts have 32 bits on some systems"
-        )]
-        let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
-        Ok(Space {
-            total_bytes: bytes(stat.blocks()),
-            free_bytes: bytes(stat.blocks_available()),
-        })
+        space_of(&self.path).map_err(StorageError::io("read the free room of", &self.path))
     }
+}
+
+/// Room in the file system that holds a path.
+pub(super) fn space_of(path: &Path) -> io::Result<Space> {
+    let stat = statvfs(path)?;
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the counts have 32 bits on some systems"
+    )]
+    let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
+    Ok(Space {
+        total_bytes: bytes(stat.blocks()),
+        free_bytes: bytes(stat.blocks_available()),
+    })
 }
 
 /// Opens a folder, and no link to one.
