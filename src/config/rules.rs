@@ -96,6 +96,10 @@ pub(super) const KEYS: &[Key] = &[
         "\"stay\": on a detached HEAD the database stays on the last branch",
     ),
     key(
+        "route_by_process",
+        "true or false: whether a program that runs in a linked worktree reaches that worktree's branch on the main port too (default true)",
+    ),
+    key(
         "switch_grace",
         "a duration from 0s to 1h such as \"30s\": how long an open transaction may hold back a switch (default 30s)",
     ),

@@ -23,8 +23,11 @@ mod instances;
 mod parent;
 mod project;
 mod recover;
+mod recut;
 mod root;
+mod usage;
 mod view;
+mod worktrees;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -45,7 +48,8 @@ pub use instances::{InstanceState, Lease, Served};
 pub use project::Registered;
 pub use recover::Reconciled;
 pub use root::InitRequest;
-pub use view::{BranchView, Credentials, PoolView, UsageView};
+pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
+pub use view::{BranchView, Credentials};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
@@ -149,6 +153,8 @@ struct Inner {
     registering: tokio::sync::Mutex<()>,
     /// Admits one change of a project's place at a time.
     moving: Mutex<()>,
+    /// Admits one look at what volumes take at a time.
+    measuring: tokio::sync::Mutex<()>,
     /// Set when the daemon is about to end: nothing is started any more.
     closing: AtomicBool,
     tasks: TaskTracker,
@@ -174,6 +180,7 @@ impl Engine {
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
+            measuring: tokio::sync::Mutex::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))
@@ -240,7 +247,7 @@ impl Engine {
 
     /// The driver of a branch's volume.
     async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
-        let kind = branch
+        let kind: storage::DriverKind = branch
             .driver
             .parse()
             .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
@@ -254,7 +261,7 @@ impl Engine {
                 branch.pool.display(),
                 branch.name
             ))
-            .hint("mount its file system again, then dbranch sync"));
+            .hint(format!("{}, then dbranch sync", kind.how_to_mount())));
         }
         self.open_pool(storage::Choice::Driver(kind), &branch.pool)
             .await

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tracing::{info, warn};
 
 use super::follow::{Followed, Urge};
-use super::{EndpointKey, Engine, Reporter, Result, blocking};
+use super::{Engine, Reporter, Result, blocking};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::StopMode;
@@ -40,10 +40,7 @@ impl Engine {
                     .collect();
                 self.0.registry.set_trashed(&left, SystemTime::now())?;
             } else {
-                let key = Self::main_endpoint(&project);
-                if let Some(record) = self.endpoint_record(&key)? {
-                    self.restore_active(&key, record.branch);
-                }
+                self.restore_endpoints(&project).await?;
                 if let Err(e) = self.listen(&project).await {
                     warn!(project = %project.name, "{e}");
                 }
@@ -89,19 +86,18 @@ impl Engine {
             if project.deleted_at.is_some() {
                 continue;
             }
-            match Location::from_common_dir(&project.common_dir) {
+            match Location::from_git_dir(&project.common_dir) {
                 Ok(location) => {
                     if let Err(e) = self.follow(&location, Urge::Hint, Reporter::log()).await {
                         warn!(project = %project.name, "follow HEAD: {e}");
+                    }
+                    if let Err(e) = self.follow_worktrees(&location.common_dir).await {
+                        warn!(project = %project.name, "follow worktrees: {e}");
                     }
                 }
                 Err(e) => warn!(project = %project.name, "{e}"),
             }
         }
-    }
-
-    pub(super) fn restore_active(&self, key: &EndpointKey, branch: Option<BranchId>) {
-        self.endpoint(key).set(branch);
     }
 
     /// The branches that have a container: one question to Docker instead of one for each branch,
@@ -150,7 +146,11 @@ impl Engine {
         let mut actions = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
             let action = match branch.stage {
-                Stage::Ready => continue,
+                Stage::Ready if dry_run => continue,
+                Stage::Ready => {
+                    self.drop_spares(&branch).await;
+                    continue;
+                }
                 Stage::Creating => format!("roll back the half-made branch `{}`", branch.name),
                 Stage::Deleting => format!("finish deleting branch `{}`", branch.name),
             };
@@ -269,9 +269,9 @@ impl Engine {
             },
             Some(branch) => {
                 let shown = self
-                    .endpoint_record(&Self::main_endpoint(project))?
+                    .endpoint_record(&Self::endpoint_at(project, location))?
                     .and_then(|r| r.branch);
-                if !location.is_linked_worktree() && shown.as_ref() != Some(&branch.id) {
+                if shown.as_ref() != Some(&branch.id) {
                     found.actions.push(format!("switch to `{name}`"));
                 }
             }
@@ -291,6 +291,8 @@ impl Engine {
                     .map(|b| b.volume),
             );
         }
+        let spares = self.0.registry.spare_volumes()?;
+        known.extend(spares.into_iter().map(|(volume, _)| volume));
         let mut notes = Vec::new();
         let mut pools = HashSet::new();
         for branch in self.0.registry.branches(&project.id)? {

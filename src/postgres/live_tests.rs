@@ -13,7 +13,7 @@ use super::*;
 use crate::storage::{self, Choice, Consistency, DriverKind, Omit, StorageDriver};
 use crate::types::{BackendAddress, Password, VolumeId};
 
-async fn connect(server: &Server, password: &Password) -> tokio_postgres::Client {
+pub(super) async fn connect(server: &Server, password: &Password) -> tokio_postgres::Client {
     let BackendAddress::Unix { dir, port } = server.address() else {
         unreachable!("the test server has a socket")
     };
@@ -78,30 +78,6 @@ async fn a_role_and_its_database_are_set_up_once_and_again() {
     })
     .await
     .expect("a session notices that its server has gone");
-}
-
-#[tokio::test]
-async fn a_checkpoint_pays_after_much_writing_and_not_before() {
-    let Some(programs) = programs("a_checkpoint_pays_after_much_writing_and_not_before") else {
-        return;
-    };
-    let folder = programs.folder(None);
-    let data = folder.path().join("data");
-    let password = Password::random();
-    programs.init(&data, &password);
-    let server = programs.start(&data).await;
-    let admin = server.admin(&password).await;
-    assert!(!checkpoint_pays(&data).unwrap());
-    connect(&server, &password)
-        .await
-        .batch_execute(
-            "CREATE TABLE big AS SELECT i, repeat('x', 200) FROM generate_series(1, 10000) i",
-        )
-        .await
-        .unwrap();
-    assert!(checkpoint_pays(&data).unwrap());
-    admin.checkpoint().await.unwrap();
-    assert!(!checkpoint_pays(&data).unwrap());
 }
 
 #[tokio::test]
@@ -402,6 +378,20 @@ async fn a_copy_made_under_load_in_backup_mode_is_consistent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reflink_made_under_load_in_backup_mode_is_consistent() {
+    let test = "a_reflink_made_under_load_in_backup_mode_is_consistent";
+    let Some(programs) = programs(test) else {
+        return;
+    };
+    match std::env::var_os("DBRANCH_TEST_XFS").map(PathBuf::from) {
+        Some(parent) => {
+            clones_of_a_busy_parent_are_sound(&programs, DriverKind::Reflink, Some(&parent)).await;
+        }
+        None => skip(test, "xfs", "DBRANCH_TEST_XFS names no folder"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_made_under_load_without_backup_mode_is_consistent() {
     let test = "a_snapshot_made_under_load_without_backup_mode_is_consistent";
     let Some(programs) = programs(test) else {
@@ -410,6 +400,7 @@ async fn a_snapshot_made_under_load_without_backup_mode_is_consistent() {
     match std::env::var_os("DBRANCH_TEST_BTRFS").map(PathBuf::from) {
         Some(parent) => {
             clones_of_a_busy_parent_are_sound(&programs, DriverKind::Btrfs, Some(&parent)).await;
+            clones_of_a_busy_parent_are_sound(&programs, DriverKind::Reflink, Some(&parent)).await;
             clones_of_a_busy_parent_are_sound(&programs, DriverKind::Copy, Some(&parent)).await;
         }
         None => skip(test, "btrfs", "DBRANCH_TEST_BTRFS names no folder"),
