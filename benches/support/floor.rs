@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::ioctl;
 use crate::pool;
 
+const BUSY_LIMIT: Duration = Duration::from_secs(10);
+
 /// How a file system is asked for a clone without dbranch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Floor {
@@ -91,7 +93,14 @@ impl Floor {
                     .context("no name")?;
                 let (source, clone) = (dataset(from)?, dataset(made)?);
                 begun = Instant::now();
-                zfs(&["destroy", &clone])?;
+                // A moment after its server has ended it may still be busy.
+                let limit = begun + BUSY_LIMIT;
+                while let Err(e) = zfs(&["destroy", &clone]) {
+                    if Instant::now() > limit {
+                        return Err(e);
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
                 zfs(&["destroy", &format!("{source}@{name}")])?;
             }
             Self::Reflink | Self::Copy => {
