@@ -34,6 +34,23 @@ pub fn open(
     Ok(Arc::new(driver))
 }
 
+/// Opens a pool where volumes of that driver lie already. It may be full or read-only: nothing is made
+/// or tried there.
+pub fn reopen(
+    kind: DriverKind,
+    path: &Path,
+    owner: Owner,
+) -> Result<Arc<dyn StorageDriver>, StorageError> {
+    let pool = Pool::existing_at(path, owner)?;
+    match kind {
+        #[cfg(target_os = "linux")]
+        DriverKind::Btrfs => Ok(Arc::new(Btrfs::reopen(pool)?)),
+        #[cfg(not(target_os = "linux"))]
+        DriverKind::Btrfs => btrfs(pool),
+        DriverKind::Copy => Ok(Arc::new(Copy::reopen(pool))),
+    }
+}
+
 #[cfg(target_os = "linux")]
 fn btrfs(pool: Pool) -> Result<Arc<dyn StorageDriver>, StorageError> {
     Ok(Arc::new(Btrfs::open(pool)?))

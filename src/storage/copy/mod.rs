@@ -58,6 +58,18 @@ impl Copy {
         })
     }
 
+    /// For a pool that was opened before. Where nothing can be tried, as it is full or read-only,
+    /// clones are taken for full copies, which ask for the room.
+    pub(super) fn reopen(pool: Pool) -> Self {
+        let shares_blocks = probe_sharing(&pool).unwrap_or(false);
+        Self {
+            pool,
+            shares_blocks,
+            why_not_btrfs: None,
+            margin_bytes: MARGIN_BYTES,
+        }
+    }
+
     fn must_have_room(&self, bytes: u64) -> Result<(), StorageError> {
         let needed_bytes = if self.shares_blocks { 0 } else { bytes }
             // Folders, block maps and the first steps of the new server.
@@ -75,19 +87,7 @@ impl Copy {
     }
 
     fn failed(&self, action: &'static str, path: &Path, source: io::Error) -> StorageError {
-        match source.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => StorageError::NoRoom {
-                path: self.pool.path().to_owned(),
-                needed_bytes: self.margin_bytes,
-                free_bytes: self.pool.space().map_or(0, |s| s.free_bytes),
-            },
-            ErrorKind::PermissionDenied => StorageError::Denied {
-                action,
-                path: path.to_owned(),
-                hint: "volumes must belong to the user that dbranch runs as".into(),
-            },
-            _ => StorageError::io(action, path)(source),
-        }
+        self.pool.failure(action, path, self.margin_bytes, source)
     }
 
     /// Copies all of `tree` from one folder into another that is empty but for
