@@ -220,6 +220,11 @@ impl Engine {
             outcome.switched =
                 Some(self.show(&key, &endpoint, &branch, Some(seen.clone()), begun)?);
         }
+        if outcome.created.is_none()
+            && let Err(e) = self.branch_is_there(&branch).await
+        {
+            outcome.notes.push(e.in_one_line());
+        }
         let note = self.run_commands(&project, location, &branch, &outcome);
         outcome.notes.extend(note);
         if urge == Urge::Hint {

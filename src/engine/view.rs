@@ -1,7 +1,7 @@
 //! What there is to see: branches, their sizes, how to connect.
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::instances::InstanceState;
 use super::{Engine, EngineError, Result, blocking};
@@ -9,6 +9,9 @@ use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::storage::Usage;
 use crate::types::{BackendAddress, BranchName, Password};
+
+/// How long somebody who only wants to see how things stand waits for a disk.
+const DISK_LIMIT: Duration = Duration::from_secs(2);
 
 /// A branch and what is observed of it.
 #[derive(Debug, Clone)]
@@ -211,8 +214,9 @@ impl Engine {
         self.backend_of(&branch.id)
     }
 
-    pub async fn volume(&self, branch: &BranchRecord) -> Result<PathBuf> {
-        Ok(self.driver(branch).await?.volume_path(&branch.volume))
+    /// Where a branch's volume lies, whether its pool is there or not.
+    pub fn volume(branch: &BranchRecord) -> PathBuf {
+        super::volume_path(branch)
     }
 
     pub fn children(&self, branch: &BranchRecord) -> Result<Vec<BranchName>> {
@@ -222,6 +226,12 @@ impl Engine {
             .filter(|b| b.parent.as_ref() == Some(&branch.id) && b.trashed_at.is_none())
             .map(|b| b.name)
             .collect())
+    }
+
+    /// [`Engine::usage_of`] for somebody who wants to see more than that: not of a disk that hangs.
+    pub async fn usage_if_quick(&self, branch: &BranchRecord) -> Option<Usage> {
+        let usage = tokio::time::timeout(DISK_LIMIT, self.usage_of(branch)).await;
+        usage.ok()?.ok()
     }
 
     pub async fn usage_of(&self, branch: &BranchRecord) -> Result<Usage> {
@@ -281,6 +291,11 @@ impl Engine {
             notes.push(e.message);
         }
         let shown = self.shown_at(project, location)?;
+        if let Some(branch) = &shown {
+            let there = tokio::time::timeout(DISK_LIMIT, self.branch_is_there(branch)).await;
+            let trouble = there.unwrap_or_else(|_| Err(super::doctor::hangs(&branch.pool)));
+            notes.extend(trouble.err().map(|e| e.in_one_line()));
+        }
         match git::head(&location.git_dir)? {
             Head::Detached(_) => {
                 if let Some(shown) = &shown {
