@@ -8,4 +8,4 @@ mod projects;
 mod room;
 mod story;
 mod suspend;
-mod unprivileged;
+pub(crate) mod unprivileged;
