@@ -232,6 +232,8 @@ impl Engine {
     ) -> Result<BackendAddress> {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
+        let (driver, volume) = (self.driver(branch).await?, branch.volume.clone());
+        super::blocking(move || Ok(driver.make_reachable(&volume)?)).await?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
         let (data_dir, owner) = (spec.data_dir.clone(), spec.owner);
         blocking(move || Ok(crate::storage::health::must_serve(&data_dir, owner)?)).await?;

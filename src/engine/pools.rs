@@ -47,7 +47,8 @@ impl Engine {
 
     /// Refuses a branch whose pool is not there.
     pub(super) async fn branch_is_there(&self, branch: &BranchRecord) -> Result<()> {
-        self.pool_is_there(&branch.pool, std::slice::from_ref(&branch.volume))
+        let volumes = std::slice::from_ref(&branch.volume);
+        self.pool_is_there(&branch.pool, volumes, branch.driver.parse().ok())
             .await
     }
 
@@ -78,7 +79,7 @@ impl Engine {
             });
             match found.unwrap_or(Ok(false)) {
                 Ok(true) => Ok(()),
-                Ok(false) => Err(not_there(&path)),
+                Ok(false) => Err(not_there(&path, kind)),
                 Err(e) => Err(EngineError::io("look into the pool", &path, &e)),
             }
         });
@@ -98,7 +99,7 @@ impl Engine {
                 && !wanted.join(POOL_MARK).exists()
                 && !wanted.join(branch.volume.as_str()).exists()
             {
-                return Err(not_there(&wanted));
+                return Err(not_there(&wanted, branch.driver.parse().ok()));
             }
         }
         match Boot::here().command_to_mount(&wanted) {
@@ -152,12 +153,9 @@ impl Engine {
     }
 }
 
-fn not_there(pool: &Path) -> EngineError {
-    let hint = Boot::here().command_to_mount(pool).unwrap_or_else(|| {
-        format!(
-            "mount the file system that holds {}, then try again; dbranch doctor",
-            pool.display()
-        )
+fn not_there(pool: &Path, kind: Option<DriverKind>) -> EngineError {
+    let hint = storage::command_to_mount(pool, kind).unwrap_or_else(|| {
+        format!("mount the file system that holds {}", pool.display())
     });
     EngineError::refused(format!(
         "the pool {} is not there: its file system is not mounted, or another one is mounted over it",

@@ -101,7 +101,9 @@ impl Pool {
         source: std::io::Error,
     ) -> StorageError {
         match source.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => self.no_room(needed_bytes),
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                self.no_room(action, path, needed_bytes)
+            }
             ErrorKind::ReadOnlyFilesystem => StorageError::ReadOnly {
                 path: self.path.clone(),
             },
@@ -110,10 +112,10 @@ impl Pool {
         }
     }
 
-    fn no_room(&self, needed_bytes: u64) -> StorageError {
+    fn no_room(&self, action: &'static str, path: &Path, needed_bytes: u64) -> StorageError {
         let free_bytes = self.space().map_or(0, |s| s.free_bytes);
         #[cfg(target_os = "linux")]
-        if free_bytes >= needed_bytes
+        if free_bytes >= needed_bytes.max(super::health::METADATA_FULL_BYTES)
             && let Some(room) = super::health::linux::MetadataRoom::of(&self.path)
         {
             return StorageError::NoMetadata {
@@ -122,9 +124,11 @@ impl Pool {
                 idle_data_bytes: room.idle_data_bytes,
             };
         }
-        StorageError::NoRoom {
-            path: self.path.clone(),
-            needed_bytes,
+        let _ = needed_bytes;
+        StorageError::Full {
+            action,
+            path: path.to_owned(),
+            pool: self.path.clone(),
             free_bytes,
         }
     }
@@ -290,6 +294,9 @@ pub fn file_system_name(folder: &Path) -> String {
         fs::TMPFS_MAGIC => "tmpfs".into(),
         fs::OVERLAYFS_SUPER_MAGIC => "overlayfs".into(),
         fs::NFS_SUPER_MAGIC => "NFS".into(),
+        fs::FUSE_SUPER_MAGIC => "FUSE".into(),
+        // ZFS_SUPER_MAGIC of OpenZFS's sources.
+        fs::FsType(0x2fc1_2fc1) => "ZFS".into(),
         other => format!("of type {:#x}", other.0),
     }
 }

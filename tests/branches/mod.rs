@@ -9,3 +9,4 @@ mod room;
 mod story;
 mod suspend;
 pub(crate) mod unprivileged;
+mod zfs;

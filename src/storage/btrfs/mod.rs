@@ -40,7 +40,7 @@ impl Btrfs {
     pub(super) fn open(pool: Pool) -> Result<Self, StorageError> {
         let driver = Self::reopen(pool)?;
         driver.probe().map_err(|e| match e {
-            StorageError::NoRoom { .. }
+            StorageError::Full { .. }
             | StorageError::NoMetadata { .. }
             | StorageError::ReadOnly { .. }
             | StorageError::Obstacle { .. } => e,
@@ -198,7 +198,7 @@ impl StorageDriver for Btrfs {
             return Err(StorageError::Unsupported {
                 driver: DriverKind::Btrfs,
                 path: source,
-                reason: "this volume is a plain folder, made by the driver `copy`".into(),
+                reason: "this volume is a plain folder, made file by file by another driver".into(),
             });
         }
         self.snapshot(OsStr::new(from.as_str()), OsStr::new(to.as_str()))?;
