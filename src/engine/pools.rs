@@ -69,7 +69,12 @@ impl Engine {
 
     /// Refuses a pool that is not there now: one that bears no mark, and none of these volumes
     /// either. Nothing is opened or changed.
-    pub(super) async fn pool_is_there(&self, pool: &Path, volumes: &[VolumeId]) -> Result<()> {
+    pub(super) async fn pool_is_there(
+        &self,
+        pool: &Path,
+        volumes: &[VolumeId],
+        kind: Option<DriverKind>,
+    ) -> Result<()> {
         let (path, volumes) = (pool.to_owned(), volumes.to_vec());
         let look = blocking(move || {
             let mut names = std::iter::once(POOL_MARK).chain(volumes.iter().map(VolumeId::as_str));
@@ -154,9 +159,8 @@ impl Engine {
 }
 
 fn not_there(pool: &Path, kind: Option<DriverKind>) -> EngineError {
-    let hint = storage::command_to_mount(pool, kind).unwrap_or_else(|| {
-        format!("mount the file system that holds {}", pool.display())
-    });
+    let hint = storage::command_to_mount(pool, kind)
+        .unwrap_or_else(|| format!("mount the file system that holds {}", pool.display()));
     EngineError::refused(format!(
         "the pool {} is not there: its file system is not mounted, or another one is mounted over it",
         pool.display()

@@ -94,9 +94,8 @@ pub fn reopen(kind: DriverKind, path: &Path, owner: Owner) -> Opened {
 pub fn command_to_mount(pool: &Path, kind: Option<DriverKind>) -> Option<String> {
     let configured = super::Boot::here().command_to_mount(pool);
     #[cfg(target_os = "linux")]
-    let configured = configured.or_else(|| {
-        (kind == Some(DriverKind::Zfs)).then(|| Zfs::command_to_mount(pool))?
-    });
+    let configured = configured
+        .or_else(|| (kind == Some(DriverKind::Zfs)).then(|| Zfs::command_to_mount(pool))?);
     configured.or_else(|| kind?.how_to_mount().map(str::to_owned))
 }
 

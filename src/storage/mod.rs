@@ -366,6 +366,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// Whether there is room for a clone of `from`, asked before a running source is put into
+    /// backup mode: beginning that takes room too, and a server that finds none stops.
+    fn must_have_room(&self, _from: &VolumeId, _omit: Omit) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Makes `to` a writable clone of `from`. Checks the room first where the
     /// clone takes any. With `Consistency::NeedsBackup`, files that vanish
     /// meanwhile are passed over.

@@ -3,13 +3,45 @@
 use std::fs;
 
 use super::ready_on;
-use crate::support::{Fs, Image, LIMIT, Storage, TestEnv, wait_until};
+use crate::support::{Fs, Image, LIMIT, Storage, TestEnv, process, wait_until};
 
 #[track_caller]
 fn make_room(env: &TestEnv) {
     let filler = env.image().point().join("filler");
     let removed = fs::remove_dir_all(&filler).or_else(|_| fs::remove_file(&filler));
     removed.expect("it was filled");
+}
+
+#[test]
+fn a_disk_that_fills_up_in_the_middle_of_a_copy_takes_nothing_with_it() {
+    let Some(env) = ready_on(Fs::Xfs, 1200) else {
+        return;
+    };
+    env.sql("create table big as select repeat(md5(i::text), 30) as v from generate_series(1, 250000) i");
+    let mut create = env.command("dbranch", &env.repo());
+    create.args(["create", "c", "--from", "main"]);
+    let create = std::thread::spawn(move || process::run(create, LIMIT * 4));
+    let is_half_made = |path: &std::path::Path| path.extension().is_some_and(|e| e == "partial");
+    wait_until(LIMIT, "the copy has begun", || {
+        env.volumes().iter().any(|path| is_half_made(path)) || create.is_finished()
+    });
+    env.image().fill("filler", 45);
+    let created = create.join().expect("it ends by itself");
+    let _ = created.fails(1, &["`main` can't be cloned", "no room left", "make room"]);
+    assert_eq!(env.branches(), ["main"]);
+    assert_eq!(
+        env.volumes().len(),
+        1,
+        "nothing half made: {:?}",
+        env.volumes()
+    );
+    // Not all of `big`: to look at it for the first time writes as much log.
+    assert_eq!(env.sql("select v from t"), "7");
+    assert_eq!(env.sql("select count(*) from pg_replication_slots"), "0");
+    make_room(&env);
+    env.sql("insert into t values (8)");
+    let _ = env.git(&["checkout", "-q", "-b", "c"]).ok();
+    assert_eq!(env.sql("select count(*) from big"), "250000");
 }
 
 #[test]

@@ -162,7 +162,11 @@ impl Image {
     pub(crate) fn fill(&self, name: &str, leave_mib: u64) {
         let stat = nix::sys::statvfs::statvfs(&self.point).expect("it is mounted");
         let free = stat.blocks_available() * stat.fragment_size();
-        let bytes = free.saturating_sub(leave_mib << 20).to_string();
+        let bytes = free.saturating_sub(leave_mib << 20);
+        if bytes == 0 {
+            return;
+        }
+        let bytes = bytes.to_string();
         let file = self.point.join(name);
         let out = Command::new("fallocate")
             .args(["-l", &bytes])

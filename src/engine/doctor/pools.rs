@@ -85,7 +85,11 @@ impl Engine {
     async fn check_pool(&self, path: &Path, pool: &PoolInUse) -> Vec<Check> {
         let in_use = !pool.branches.is_empty();
         let volumes: Vec<_> = pool.branches.keys().cloned().collect();
-        if in_use && let Err(e) = self.pool_is_there(path, &volumes, pool.drivers.first().copied()).await {
+        if in_use
+            && let Err(e) = self
+                .pool_is_there(path, &volumes, pool.drivers.first().copied())
+                .await
+        {
             return vec![of_error("pool-missing", e)];
         }
         let examined = match self.examine(path, pool).await {

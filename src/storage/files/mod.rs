@@ -70,7 +70,7 @@ impl<W: Way> FileByFile<W> {
     }
 
     /// Whether there is room for a clone of so many bytes.
-    fn must_have_room(&self, bytes: u64) -> Result<(), StorageError> {
+    fn must_have_room_for_clone(&self, bytes: u64) -> Result<(), StorageError> {
         let own = if W::SHARES { 0 } else { bytes };
         // Folders, block maps and the first steps of the new server.
         self.must_have_room_for(own.saturating_add(bytes / 100))
@@ -176,6 +176,16 @@ impl<W: Way> StorageDriver for FileByFile<W> {
         Ok(path)
     }
 
+    fn must_have_room(&self, from: &VolumeId, omit: Omit) -> Result<(), StorageError> {
+        let source = self.pool.must_exist(from)?;
+        if W::SHARES {
+            // What little it takes besides is asked for when the clone is made.
+            return self.must_have_room_for(0);
+        }
+        let tree = Tree::read(&source, Path::new(""), omit)?;
+        self.must_have_room_for_clone(tree.bytes)
+    }
+
     fn clone_volume(
         &self,
         from: &VolumeId,
@@ -186,7 +196,7 @@ impl<W: Way> StorageDriver for FileByFile<W> {
         let source = self.pool.must_exist(from)?;
         self.pool.must_be_free(to)?;
         let tree = Tree::read(&source, Path::new(""), omit)?;
-        self.must_have_room(tree.bytes)?;
+        self.must_have_room_for_clone(tree.bytes)?;
         let made = self.volume_path(to);
         let partial = HalfMade::begin(&self.pool, with_ending(&made, PARTIAL))?;
         let done = if W::SHARES && tree.is_whole && partial.become_clone_of(&source)? {
@@ -218,11 +228,11 @@ impl<W: Way> StorageDriver for FileByFile<W> {
             return self.replace_small(&from, &to);
         }
         if meta.is_file() {
-            self.must_have_room(usage::allocated_bytes(&meta))?;
+            self.must_have_room_for_clone(usage::allocated_bytes(&meta))?;
             return self.replace_file(&from, &to);
         }
         let tree = Tree::read(&source, path, Omit::NOTHING)?;
-        self.must_have_room(tree.bytes)?;
+        self.must_have_room_for_clone(tree.bytes)?;
         for name in tree.file_names() {
             match fs::remove_file(made.join(&name)) {
                 Err(e) if e.kind() != ErrorKind::NotFound => {

@@ -37,10 +37,11 @@ fn too_little_room_is_noticed_before_anything_is_made() {
     let (from, to) = (VolumeId::random(), VolumeId::random());
     fs::write(driver.create_volume(&from).unwrap().join("x"), "x").unwrap();
     driver.margin_bytes = u64::MAX / 2;
-    let error = driver
-        .clone_volume(&from, &to, Omit::NOTHING, &|_, _| {})
-        .unwrap_err();
-    assert!(matches!(error, StorageError::NoRoom { .. }), "{error}");
+    let cloned = driver.clone_volume(&from, &to, Omit::NOTHING, &|_, _| {});
+    let asked = driver.must_have_room(&from, Omit::NOTHING);
+    for error in [cloned.unwrap_err(), asked.unwrap_err()] {
+        assert!(matches!(error, StorageError::NoRoom { .. }), "{error}");
+    }
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
@@ -187,4 +188,152 @@ fn files_written_in_place_are_shared_too() {
         fs::read(driver.volume_path(&to).join("in-place")).unwrap(),
         vec![2; 1 << 20]
     );
+}
+
+/// A small file system of its own, gone with it.
+#[cfg(target_os = "linux")]
+struct SmallXfs {
+    folder: tempfile::TempDir,
+}
+
+#[cfg(target_os = "linux")]
+impl SmallXfs {
+    /// The smallest that mkfs.xfs makes; some 220 MB of it are free.
+    fn mount(test: &str) -> Option<Self> {
+        use crate::storage::contract::capability_missing;
+        if !Uid::effective().is_root() {
+            capability_missing(test, "root", "only root can mount");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        File::create(&image).unwrap().set_len(300 << 20).unwrap();
+        let script = "PATH=$PATH:/usr/sbin:/sbin; mkfs.xfs -q -m reflink=1 image && mkdir at && mount -o loop image at";
+        let mounted = std::process::Command::new("sh")
+            .args(["-c", script])
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        if !mounted.status.success() {
+            let why = String::from_utf8_lossy(&mounted.stderr);
+            capability_missing(test, "xfs", &format!("it can't be mounted: {why}"));
+            return None;
+        }
+        Some(Self { folder })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("at")
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.path().join("filler")
+    }
+
+    /// Lets one file grow over all the room that is left.
+    fn fill(&self) {
+        let mut options = File::options();
+        let file = options
+            .create(true)
+            .append(true)
+            .open(self.filler())
+            .unwrap();
+        let mut at = i64::try_from(file.metadata().unwrap().len()).unwrap();
+        let mut step = 64 << 20;
+        while step >= 4096 {
+            match nix::fcntl::posix_fallocate(&file, at, step) {
+                Ok(()) => at += step,
+                Err(nix::errno::Errno::ENOSPC) => step /= 2,
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for SmallXfs {
+    fn drop(&mut self) {
+        let unmounted = std::process::Command::new("umount")
+            .arg(self.path())
+            .status();
+        assert!(
+            unmounted.is_ok_and(|s| s.success()) || std::thread::panicking(),
+            "nothing keeps it busy"
+        );
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_fills_up_in_the_middle_fails_the_clone_and_nothing_else() {
+    let test = "a_disk_that_fills_up_in_the_middle_fails_the_clone_and_nothing_else";
+    let Some(disk) = SmallXfs::mount(test) else {
+        return;
+    };
+    let at = disk.path().join("pool");
+    let driver = crate::storage::reflink::open(pool(&at), None).unwrap();
+    let ids = [(); 3].map(|()| VolumeId::random());
+    let volume = driver.create_volume(&ids[0]).unwrap();
+    for n in 0..4000 {
+        fs::write(volume.join(n.to_string()), vec![1; 8192]).unwrap();
+    }
+    let clone = |to: &VolumeId, progress: Progress<'_>| {
+        driver.clone_volume(&ids[0], to, Omit::NOTHING, progress)
+    };
+    clone(&ids[1], &|_, _| {}).unwrap();
+
+    let once = std::sync::Once::new();
+    let error = clone(&ids[2], &|_, _| once.call_once(|| disk.fill())).unwrap_err();
+    assert!(matches!(error, StorageError::Full { .. }), "{error}");
+    assert!(error.to_string().starts_with("no room left in "), "{error}");
+    assert!(error.hint().is_some());
+    let volumes = || fs::read_dir(&at).unwrap().count();
+    assert_eq!(volumes(), 2, "nothing half made is left");
+    assert_eq!(driver.usage(&ids[1]).unwrap().logical_bytes, 4000 * 8192);
+
+    // What was given back is taken too: not a block is free. Still a branch can be deleted,
+    // which needs the driver to open.
+    disk.fill();
+    let refused = clone(&ids[2], &|_, _| {}).unwrap_err();
+    assert!(matches!(refused, StorageError::NoRoom { .. }), "{refused}");
+    let reopened = crate::storage::reflink::reopen(pool(&at));
+    reopened.destroy(&ids[1]).unwrap();
+    assert_eq!(volumes(), 1);
+
+    fs::remove_file(disk.filler()).unwrap();
+    clone(&ids[2], &|_, _| {}).unwrap();
+    assert_eq!(volumes(), 2);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_pool_mounted_read_only_says_so_and_is_as_before_afterwards() {
+    let test = "a_pool_mounted_read_only_says_so_and_is_as_before_afterwards";
+    let Some(disk) = SmallXfs::mount(test) else {
+        return;
+    };
+    let at = disk.path().join("pool");
+    let driver = crate::storage::reflink::open(pool(&at), None).unwrap();
+    let (from, to) = (VolumeId::random(), VolumeId::random());
+    fs::write(driver.create_volume(&from).unwrap().join("x"), "x").unwrap();
+    let remount = |how: &str| {
+        let done = std::process::Command::new("mount")
+            .args(["-o", how])
+            .arg(disk.path())
+            .status();
+        assert!(done.is_ok_and(|s| s.success()), "root remounts");
+    };
+    remount("remount,ro");
+    let driver = crate::storage::reflink::reopen(pool(&at));
+    let clone = || driver.clone_volume(&from, &to, Omit::NOTHING, &|_, _| {});
+    for error in [clone().unwrap_err(), driver.destroy(&from).unwrap_err()] {
+        assert!(matches!(error, StorageError::ReadOnly { .. }), "{error}");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("mount -o remount,rw"), "{hint}");
+    }
+    assert_eq!(driver.list().unwrap(), std::slice::from_ref(&from));
+    remount("remount,rw");
+    clone().unwrap();
+    driver.destroy(&from).unwrap();
+    assert_eq!(driver.list().unwrap(), [to]);
 }
