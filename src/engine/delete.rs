@@ -59,10 +59,10 @@ impl Engine {
 
     fn refuse_if_used(&self, location: &Location, branch: &BranchRecord) -> Result<()> {
         let sessions = self.slot(&branch.id).sessions();
-        let why = if self.shown_anywhere(&branch.id) {
-            "it is the active one".to_owned()
-        } else if let Some(worktree) = linked_worktree_on(location, &branch.name) {
+        let why = if let Some(worktree) = linked_worktree_on(location, &branch.name) {
             format!("it is checked out in {}", worktree.display())
+        } else if self.shown_anywhere(&branch.id) {
+            "it is the active one".to_owned()
         } else if sessions > 0 {
             format!(
                 "it has {sessions} open {}",
@@ -143,7 +143,7 @@ impl Engine {
         self.stop_in_turn(slot, live, StopMode::Immediate).await?;
         if let Err(e) = self.erase(branch).await {
             // A disk that lets nothing be destroyed: what is whole stays a branch.
-            if super::volume_path(branch).exists() {
+            if self.volume(branch)?.exists() {
                 self.0.registry.set_stage(&branch.id, Stage::Ready)?;
                 if branch.trashed_at.is_none() {
                     self.publish(branch).await;
@@ -169,7 +169,10 @@ impl Engine {
     /// Removes what a branch left on disk, then its record. Its instance must not run.
     pub(super) async fn erase(&self, branch: &BranchRecord) -> Result<()> {
         let driver = self.driver(branch).await?;
-        let volume = branch.volume.clone();
+        self.destroy_spares(&branch.id, &driver).await?;
+        // Not the one that the caller saw: a fresh branch may have been given another since.
+        let current = self.0.registry.branch(&branch.id)?;
+        let volume = current.map_or_else(|| branch.volume.clone(), |b| b.volume);
         blocking(move || Ok(driver.destroy(&volume)?)).await?;
         crash_point("delete:destroyed");
         let socket_dir = self.0.paths.instance_socket_dir(&branch.id);
@@ -260,7 +263,7 @@ impl Engine {
         self.0
             .registry
             .change_project(&project.id, |p| p.deleted_at = Some(SystemTime::now()))?;
-        self.0.ports.close(&Self::main_endpoint(project));
+        self.close_endpoints(project);
         let mut names = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
             if now {
@@ -273,7 +276,6 @@ impl Engine {
             names.push(branch.name);
         }
         self.0.registry.remove_endpoints(&project.id)?;
-        self.forget_endpoint(&Self::main_endpoint(project));
         self.remove_if_empty(&project.id)?;
         Self::unmark(&project.common_dir);
         info!(project = %project.name, "project deleted");

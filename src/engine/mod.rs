@@ -24,9 +24,12 @@ mod parent;
 mod pools;
 mod project;
 mod recover;
+mod recut;
 mod root;
 mod trouble;
+mod usage;
 mod view;
+mod worktrees;
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
@@ -47,7 +50,8 @@ pub use instances::{InstanceState, Lease, Served};
 pub use project::Registered;
 pub use recover::Reconciled;
 pub use root::InitRequest;
-pub use view::{BranchView, Credentials, PoolView, UsageView};
+pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
+pub use view::{BranchView, Credentials};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
@@ -153,6 +157,8 @@ struct Inner {
     registering: tokio::sync::Mutex<()>,
     /// Admits one change of a project's place at a time.
     moving: Mutex<()>,
+    /// Admits one look at what volumes take at a time.
+    measuring: tokio::sync::Mutex<()>,
     /// Set when the daemon is about to end: nothing is started any more.
     closing: AtomicBool,
     tasks: TaskTracker,
@@ -179,6 +185,7 @@ impl Engine {
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
+            measuring: tokio::sync::Mutex::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))

@@ -61,9 +61,11 @@ impl Engine {
     fn keep(&self, pool: &Path, driver: Arc<dyn StorageDriver>) -> Arc<dyn StorageDriver> {
         let mut drivers = lock(&self.0.drivers);
         let of_pool = drivers.entry(pool.to_owned()).or_default();
-        if !of_pool.iter().any(|d| d.kind() == driver.kind()) {
-            of_pool.push(driver.clone());
+        // Opened by somebody else meanwhile: one driver a pool knows what was measured before.
+        if let Some(kept) = of_pool.iter().find(|d| d.kind() == driver.kind()) {
+            return kept.clone();
         }
+        of_pool.push(driver.clone());
         driver
     }
 
@@ -144,7 +146,8 @@ impl Engine {
     ) -> Result<Arc<dyn StorageDriver>> {
         let (path, owner) = (pool.to_owned(), self.0.owner);
         let driver = blocking(move || Ok(storage::open(choice, &path, owner)?)).await?;
-        Ok(self.keep(pool, driver))
+        self.keep(pool, driver.clone());
+        Ok(driver)
     }
 
     /// The pool for new projects.

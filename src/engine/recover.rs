@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use tracing::{info, warn};
 
 use super::follow::{Followed, Urge};
-use super::{EndpointKey, Engine, EngineError, Reporter, Result, blocking};
+use super::{Engine, EngineError, Reporter, Result, blocking};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::StopMode;
@@ -51,10 +51,7 @@ impl Engine {
     async fn recover_project(&self, project: &ProjectRecord) -> Result<()> {
         // First what needs no disk.
         if project.deleted_at.is_none() {
-            let key = Self::main_endpoint(project);
-            if let Some(record) = self.endpoint_record(&key)? {
-                self.restore_active(&key, record.branch);
-            }
+            self.restore_endpoints(project).await?;
             if let Err(e) = self.listen(project).await {
                 warn!(project = %project.name, "{e}");
             }
@@ -72,7 +69,13 @@ impl Engine {
             self.0.registry.set_trashed(&left, SystemTime::now())?;
         }
         let branches = self.0.registry.branches(&project.id)?;
-        join_all(branches.iter().map(|branch| self.take_up(branch))).await;
+        let may_run = self.containers_of(project, &branches).await;
+        join_all(branches.iter().map(|branch| {
+            let is_docker = branch.server.runtime == "docker";
+            let stopped = is_docker && may_run.as_ref().is_some_and(|m| !m.contains(&branch.id));
+            self.take_up(branch, stopped)
+        }))
+        .await;
         Ok(())
     }
 
@@ -119,10 +122,13 @@ impl Engine {
             if project.deleted_at.is_some() {
                 continue;
             }
-            match Location::from_common_dir(&project.common_dir) {
+            match Location::from_git_dir(&project.common_dir) {
                 Ok(location) => {
                     if let Err(e) = self.follow(&location, Urge::Hint, Reporter::log()).await {
                         warn!(project = %project.name, "follow HEAD: {e}");
+                    }
+                    if let Err(e) = self.follow_worktrees(&location.common_dir).await {
+                        warn!(project = %project.name, "follow worktrees: {e}");
                     }
                 }
                 Err(e) => warn!(project = %project.name, "{e}"),
@@ -130,15 +136,29 @@ impl Engine {
         }
     }
 
-    pub(super) fn restore_active(&self, key: &EndpointKey, branch: Option<BranchId>) {
-        self.endpoint(key).set(branch);
+    /// The branches that have a container: one question to Docker instead of one for each branch,
+    /// of which there may be a thousand. None where each must be looked at.
+    async fn containers_of(
+        &self,
+        project: &ProjectRecord,
+        branches: &[BranchRecord],
+    ) -> Option<HashSet<BranchId>> {
+        let docker = branches.iter().find(|b| b.server.runtime == "docker")?;
+        let (runtime, _) = self.runtime(&docker.server).await.ok()?;
+        runtime.may_run(&project.id).await.ok()?
     }
 
-    async fn take_up(&self, branch: &BranchRecord) {
+    /// Finds a branch's instance, unless it is known to be `stopped`, and opens its port.
+    async fn take_up(&self, branch: &BranchRecord, stopped: bool) {
         if branch.stage != Stage::Ready {
             return;
         }
-        match self.adopt(branch).await {
+        let adopted = if stopped {
+            Ok(false)
+        } else {
+            self.adopt(branch).await
+        };
+        match adopted {
             // It was trashed, and the daemon died before its instance had stopped.
             Ok(true) if branch.trashed_at.is_some() => {
                 if let Err(e) = self.stop(&branch.id).await {
@@ -162,7 +182,11 @@ impl Engine {
         let mut actions = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
             let action = match branch.stage {
-                Stage::Ready => continue,
+                Stage::Ready if dry_run => continue,
+                Stage::Ready => {
+                    self.drop_spares(&branch).await;
+                    continue;
+                }
                 Stage::Creating => format!("roll back the half-made branch `{}`", branch.name),
                 Stage::Deleting => format!("finish deleting branch `{}`", branch.name),
             };
@@ -286,9 +310,9 @@ impl Engine {
             },
             Some(branch) => {
                 let shown = self
-                    .endpoint_record(&Self::main_endpoint(project))?
+                    .endpoint_record(&Self::endpoint_at(project, location))?
                     .and_then(|r| r.branch);
-                if !location.is_linked_worktree() && shown.as_ref() != Some(&branch.id) {
+                if shown.as_ref() != Some(&branch.id) {
                     found.actions.push(format!("switch to `{name}`"));
                 }
             }
@@ -314,6 +338,8 @@ impl Engine {
             let branches = self.0.registry.branches(&other.id)?;
             known.extend(branches.into_iter().map(|b| b.volume));
         }
+        let spares = self.0.registry.spare_volumes()?;
+        known.extend(spares.into_iter().map(|(volume, _)| volume));
         found.retain(|(_, volume)| !known.contains(volume));
         Ok(found
             .into_iter()

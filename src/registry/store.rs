@@ -1,5 +1,6 @@
 //! The registry's file and its statements.
 
+use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +10,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 
 use super::{BranchRecord, EndpointRecord, ProjectRecord, ServerRecord, Stage, migrations};
-use crate::types::{BranchId, BranchName, ProjectId};
+use crate::types::{BranchId, BranchName, ProjectId, VolumeId};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
@@ -28,8 +29,10 @@ pub enum RegistryError {
     NameTaken(BranchName),
     #[error("the project was deleted meanwhile")]
     ProjectGone,
-    #[error("no free port from {min} to {max}")]
-    NoPort { min: u16, max: u16 },
+    #[error(
+        "no free port from {min} to {max} for another branch: {taken} belong to branches, others to other programs"
+    )]
+    NoPort { min: u16, max: u16, taken: usize },
 }
 
 impl RegistryError {
@@ -223,21 +226,7 @@ impl Registry {
             if project_by_id(c, &new.project)?.is_none_or(|p| p.deleted_at.is_some()) {
                 return Err(RegistryError::ProjectGone);
             }
-            let taken: Vec<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?;
-            // In a circle: the URL of a branch that is no more shall not reach the next one.
-            let last: u16 = c.query_row(
-                "SELECT last_port FROM projects WHERE id = ?1",
-                [new.project.as_str()],
-                |row| row.get(0),
-            )?;
-            let port = (ports.0.max(last.saturating_add(1))..=ports.1)
-                .chain(ports.0..=ports.1)
-                .find(|port| !taken.contains(port) && usable(*port))
-                .ok_or(RegistryError::NoPort { min: ports.0, max: ports.1 })?;
-            c.execute(
-                "UPDATE projects SET last_port = ?2 WHERE id = ?1",
-                params![new.project.as_str(), port],
-            )?;
+            let port = take_port(c, &new.project, ports, usable)?;
             c.prepare_cached(
                 "INSERT INTO branches (id, project, name, parent, stage, volume, driver, pool, port, started_once,
                                        created_at, trashed_at, runtime, programs, major)
@@ -331,6 +320,63 @@ impl Registry {
         })
     }
 
+    // --- spare volumes ---
+
+    /// Volumes that belong to branches but hold no branch's data: made and not taken yet, or
+    /// replaced. Each is to be destroyed.
+    pub fn spare_volumes(&self) -> Result<Vec<(VolumeId, BranchId)>> {
+        self.read(|c| {
+            all(c, "SELECT volume, branch FROM spare_volumes", [], |row| {
+                Ok((
+                    valid(row, "volume", VolumeId::new)?,
+                    valid(row, "branch", BranchId::new)?,
+                ))
+            })
+        })
+    }
+
+    /// Records a volume that is about to be made for a branch.
+    pub fn add_spare_volume(&self, volume: &VolumeId, branch: &BranchId) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute(
+                "INSERT INTO spare_volumes (volume, branch) VALUES (?1, ?2)",
+                [volume.as_str(), branch.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Gives a branch its spare volume in exchange for the one it has, which becomes the spare.
+    pub fn take_spare_volume(&self, spare: &VolumeId, branch: &BranchId) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute(
+                "INSERT INTO spare_volumes (volume, branch) SELECT volume, id FROM branches
+                 WHERE id = ?1",
+                [branch.as_str()],
+            )?;
+            c.execute(
+                "UPDATE branches SET volume = ?2 WHERE id = ?1",
+                [branch.as_str(), spare.as_str()],
+            )?;
+            c.execute(
+                "DELETE FROM spare_volumes WHERE volume = ?1",
+                [spare.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Forgets a spare volume that was destroyed.
+    pub fn remove_spare_volume(&self, volume: &VolumeId) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.execute(
+                "DELETE FROM spare_volumes WHERE volume = ?1",
+                [volume.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
     // --- endpoints ---
 
     pub fn endpoints(&self, project: &ProjectId) -> Result<Vec<EndpointRecord>> {
@@ -348,11 +394,12 @@ impl Registry {
     pub fn put_endpoint(&self, e: &EndpointRecord) -> Result<()> {
         self.write(Durability::Process, |c| {
             c.prepare_cached(
-                "INSERT INTO endpoints (project, git_dir, branch, previous, head)
+                "INSERT INTO endpoints (project, git_dir, branch, previous, head, port)
                  VALUES (?1, ?2, (SELECT id FROM branches WHERE id = ?3 AND trashed_at IS NULL),
-                    (SELECT id FROM branches WHERE id = ?4 AND trashed_at IS NULL), ?5)
+                    (SELECT id FROM branches WHERE id = ?4 AND trashed_at IS NULL), ?5, ?6)
                  ON CONFLICT (project, git_dir) DO UPDATE SET
-                    branch = excluded.branch, previous = excluded.previous, head = excluded.head",
+                    branch = excluded.branch, previous = excluded.previous, head = excluded.head,
+                    port = coalesce(excluded.port, port)",
             )?
             .execute(params![
                 e.project.as_str(),
@@ -360,7 +407,49 @@ impl Registry {
                 e.branch.as_ref().map(BranchId::as_str),
                 e.previous.as_ref().map(BranchId::as_str),
                 e.head,
+                e.port,
             ])?;
+            Ok(())
+        })
+    }
+
+    /// The port of a worktree's endpoint, given now where it has none yet. `ports` are tried in order.
+    pub fn endpoint_port(
+        &self,
+        project: &ProjectId,
+        git_dir: &Path,
+        ports: (u16, u16),
+        usable: impl Fn(u16) -> bool,
+    ) -> Result<u16> {
+        let key = params![project.as_str(), text(git_dir)];
+        let known = self.read(|c| {
+            one(
+                c,
+                "SELECT port FROM endpoints WHERE project = ?1 AND git_dir = ?2",
+                key,
+                |row| row.get::<_, Option<u16>>(0),
+            )
+        })?;
+        if let Some(port) = known.flatten() {
+            return Ok(port);
+        }
+        self.write(Durability::Disk, |c| {
+            let port = take_port(c, project, ports, usable)?;
+            c.execute(
+                "INSERT INTO endpoints (project, git_dir, port) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (project, git_dir) DO UPDATE SET port = excluded.port",
+                params![project.as_str(), text(git_dir), port],
+            )?;
+            Ok(port)
+        })
+    }
+
+    pub fn remove_endpoint(&self, project: &ProjectId, git_dir: &Path) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.execute(
+                "DELETE FROM endpoints WHERE project = ?1 AND git_dir = ?2",
+                params![project.as_str(), text(git_dir)],
+            )?;
             Ok(())
         })
     }
@@ -405,6 +494,46 @@ fn put_project(connection: &Connection, p: &ProjectRecord) -> Result<()> {
             ":deleted": p.deleted_at.map(millis),
         })?;
     Ok(())
+}
+
+/// The next port that nobody has and that is `usable`.
+///
+/// In a circle: the URL of a branch or worktree that is no more shall not reach the next one.
+fn take_port(
+    connection: &Connection,
+    project: &ProjectId,
+    (min, max): (u16, u16),
+    usable: impl Fn(u16) -> bool,
+) -> Result<u16> {
+    let taken: HashSet<u16> = all(
+        connection,
+        "SELECT port FROM branches UNION SELECT port FROM endpoints WHERE port IS NOT NULL",
+        [],
+        |row| row.get(0),
+    )?
+    .into_iter()
+    .collect();
+    let last: u16 = connection.query_row(
+        "SELECT last_port FROM projects WHERE id = ?1",
+        [project.as_str()],
+        |row| row.get(0),
+    )?;
+    let port = (min.max(last.saturating_add(1))..=max)
+        .chain(min..=max)
+        .find(|port| !taken.contains(port) && usable(*port))
+        .ok_or_else(|| RegistryError::NoPort {
+            min,
+            max,
+            taken: taken
+                .iter()
+                .filter(|port| (min..=max).contains(*port))
+                .count(),
+        })?;
+    connection.execute(
+        "UPDATE projects SET last_port = ?2 WHERE id = ?1",
+        params![project.as_str(), port],
+    )?;
+    Ok(port)
 }
 
 /// What a violated constraint means where a branch is given a name.
@@ -472,7 +601,7 @@ fn branch(row: &Row<'_>) -> rusqlite::Result<BranchRecord> {
             "deleting" => Stage::Deleting,
             _ => Stage::Ready,
         },
-        volume: valid(row, "volume", crate::types::VolumeId::new)?,
+        volume: valid(row, "volume", VolumeId::new)?,
         driver: row.get("driver")?,
         pool: path(row, "pool")?,
         server: ServerRecord {
@@ -500,6 +629,7 @@ fn endpoint(row: &Row<'_>) -> rusqlite::Result<EndpointRecord> {
         branch: id("branch")?,
         previous: id("previous")?,
         head: row.get("head")?,
+        port: row.get("port")?,
     })
 }
 

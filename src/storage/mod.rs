@@ -17,6 +17,8 @@ mod copy;
 mod detect;
 mod files;
 pub mod health;
+#[cfg(test)]
+mod many_tests;
 mod mounts;
 mod pool;
 mod reflink;
@@ -212,6 +214,68 @@ pub struct Usage {
     pub exclusive_bytes: u64,
 }
 
+/// Who holds blocks of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Holder {
+    Volume(VolumeId),
+    /// A snapshot of a volume that somebody made and keeps, by its name.
+    Other(String),
+}
+
+/// What is held by all of some holders, and by nobody else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// Indices into [`Usages::holders`], ascending.
+    pub by: Vec<usize>,
+    /// On disk.
+    pub bytes: u64,
+}
+
+/// Bytes of one volume among others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeUsage {
+    pub id: VolumeId,
+    /// Sum of the files' sizes as allocated, shared or not.
+    pub logical_bytes: u64,
+    /// The part of its data that nobody shares.
+    pub exclusive_bytes: u64,
+    /// What destroying it would free, but for the file system's own records. More than
+    /// `exclusive_bytes` where the file system keeps all of an extent while a part is used.
+    pub freed_bytes: u64,
+}
+
+impl VolumeUsage {
+    fn new(id: VolumeId, usage: Usage) -> Self {
+        Self {
+            id,
+            logical_bytes: usage.logical_bytes,
+            exclusive_bytes: usage.exclusive_bytes,
+            freed_bytes: usage.exclusive_bytes,
+        }
+    }
+}
+
+/// Bytes of a pool's volumes, and who shares them. What was written within the last half
+/// minute may have no place on disk yet, and isn't counted then.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Usages {
+    pub volumes: Vec<VolumeUsage>,
+    /// All who hold something; those of `volumes` are among them.
+    pub holders: Vec<Holder>,
+    /// Every set of holders once. None where the file system doesn't tell who shares with whom.
+    pub shares: Option<Vec<Share>>,
+    /// What keeps the numbers from being exact, for users.
+    pub notes: Vec<String>,
+}
+
+impl Usages {
+    /// The same with only these volumes; the holders stay.
+    fn only(mut self, ids: &[VolumeId]) -> Self {
+        self.volumes.retain(|volume| ids.contains(&volume.id));
+        self
+    }
+}
+
 /// Room in the pool's file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
@@ -360,15 +424,15 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// Makes an empty volume, mode 0700.
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError>;
 
-    /// Sees to it that a volume's folder shows what is in it, before an instance starts:
-    /// mounts it where a volume is a mount of its own. Nothing is said of one that is gone.
-    fn make_reachable(&self, _id: &VolumeId) -> Result<(), StorageError> {
-        Ok(())
-    }
-
     /// Whether there is room for a clone of `from`, asked before a running source is put into
     /// backup mode: beginning that takes room too, and a server that finds none stops.
     fn must_have_room(&self, _from: &VolumeId, _omit: Omit) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    /// Sees to it that a volume's folder shows what is in it, before an instance starts:
+    /// mounts it where a volume is a mount of its own. Nothing is said of one that is gone.
+    fn make_reachable(&self, _id: &VolumeId) -> Result<(), StorageError> {
         Ok(())
     }
 
@@ -408,6 +472,23 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     fn sweep(&self) -> Result<usize, StorageError>;
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError>;
+
+    /// Bytes of several volumes, and who shares them. Volumes that aren't there are left
+    /// out. Drivers that can tell who shares with whom do; they remember what they
+    /// saw, so that later calls take a fraction of the first one's time.
+    fn usage_of_all(&self, ids: &[VolumeId]) -> Result<Usages, StorageError> {
+        let mut usages = Usages::default();
+        for id in ids {
+            match self.usage(id) {
+                Ok(usage) => usages.volumes.push(VolumeUsage::new(id.clone(), usage)),
+                Err(StorageError::Missing { .. }) => {}
+                // Destroyed meanwhile.
+                Err(_) if !self.volume_path(id).exists() => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(usages)
+    }
 
     fn space(&self) -> Result<Space, StorageError>;
 }

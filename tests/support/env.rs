@@ -173,8 +173,8 @@ impl TestEnv {
 
     // ---- programs ------------------------------------------------------------------------
 
-    /// A program in this environment, which inherits nothing from ours.
-    pub(crate) fn command(&self, program: impl AsRef<OsStr>, dir: &Path) -> Command {
+    /// The folders of programs: the built `dbranch`, postgres, and the system's.
+    pub(crate) fn search_path(&self) -> String {
         let built = Path::new(env!("CARGO_BIN_EXE_dbranch"));
         let mut path = vec![built.parent().expect("a file has a folder").to_owned()];
         path.extend(self.bin_dir.clone());
@@ -182,11 +182,16 @@ impl TestEnv {
             ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"].map(PathBuf::from),
         );
         let path = std::env::join_paths(path).expect("no colon in these");
+        path.into_string().expect("tests set text")
+    }
+
+    /// A program in this environment, which inherits nothing from ours.
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>, dir: &Path) -> Command {
         let mut command = Command::new(program);
         command
             .current_dir(dir)
             .env_clear()
-            .env("PATH", path)
+            .env("PATH", self.search_path())
             .env("HOME", self.path("user"))
             .env("LANG", "C.UTF-8")
             .env("TERM", "dumb")
@@ -309,21 +314,16 @@ impl TestEnv {
 
     #[track_caller]
     pub(crate) fn psql(&self, url: &str, sql: &str) -> Output {
-        self.run(
-            "psql",
-            &[
-                "-X",
-                "-q",
-                "-A",
-                "-t",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                url,
-                "-c",
-                sql,
-            ],
-        )
+        self.psql_in(&self.path("elsewhere"), url, sql)
+    }
+
+    /// Runs psql in a folder.
+    #[track_caller]
+    pub(crate) fn psql_in(&self, dir: &Path, url: &str, sql: &str) -> Output {
+        let mut psql = self.command("psql", dir);
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"])
+            .args(["-d", url, "-c", sql]);
+        process::run(psql, COMMAND_LIMIT)
     }
 
     /// A psql that stays connected.

@@ -9,6 +9,7 @@ mod image;
 mod leftovers;
 mod ports;
 pub(crate) mod process;
+pub(crate) mod registry;
 mod session;
 mod zfs;
 

@@ -3,10 +3,10 @@
 mod pools;
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::instances::InstanceState;
-use super::{Engine, Result, blocking, data_dir, volume_path};
+use super::{Engine, Result, blocking, data_dir};
 use crate::fsx::shell_word;
 use crate::git::Location;
 use crate::postgres::{self, ClusterError};
@@ -134,7 +134,7 @@ impl Engine {
             }
             // A pool that is not there has a line of its own.
             if self.branch_is_there(branch).await.is_ok() {
-                checks.extend(check_data(branch).await?);
+                checks.extend(check_data(branch, data_dir(&self.volume(branch)?)).await?);
             }
         }
         if !branches.is_empty() && checks.is_empty() {
@@ -171,8 +171,7 @@ impl Engine {
 }
 
 /// Looks at a branch's data: whether it is there, and whole within its volume.
-async fn check_data(branch: &BranchRecord) -> Result<Option<Check>> {
-    let data = data_dir(&volume_path(branch));
+async fn check_data(branch: &BranchRecord, data: PathBuf) -> Result<Option<Check>> {
     let name = branch.name.clone();
     blocking(move || {
         let shown = shell_word(&data);

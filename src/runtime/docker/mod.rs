@@ -6,6 +6,7 @@
 
 mod connect;
 mod container;
+mod credentials;
 mod image;
 mod once;
 

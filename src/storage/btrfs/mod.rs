@@ -14,9 +14,10 @@ use nix::errno::Errno;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, statfs};
 
 use super::pool::{self, DOOMED, Pool};
+use super::usage::Survey;
 use super::{
     CloneMethod, Consistency, DriverKind, Omit, Progress, Space, StorageDriver, StorageError,
-    Usage, usage,
+    Usage, Usages,
 };
 use crate::types::VolumeId;
 
@@ -31,6 +32,7 @@ const METADATA_BYTES: u64 = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Btrfs {
     pool: Pool,
+    survey: Survey,
 }
 
 impl Btrfs {
@@ -55,7 +57,10 @@ impl Btrfs {
 
     /// For a pool that was opened before: nothing is written to it, as it may be full.
     pub(super) fn reopen(pool: Pool) -> Result<Self, StorageError> {
-        let driver = Self { pool };
+        let driver = Self {
+            pool,
+            survey: Survey::default(),
+        };
         let unsupported = |reason: String| StorageError::Unsupported {
             driver: DriverKind::Btrfs,
             path: driver.pool.path().to_owned(),
@@ -229,7 +234,11 @@ impl StorageDriver for Btrfs {
     }
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError> {
-        usage::measure(&self.pool.must_exist(id)?, true)
+        self.survey.usage(&self.pool, id, true)
+    }
+
+    fn usage_of_all(&self, ids: &[VolumeId]) -> Result<Usages, StorageError> {
+        self.survey.look(&self.pool, ids, true)
     }
 
     fn space(&self) -> Result<Space, StorageError> {

@@ -10,7 +10,9 @@
 #[cfg(target_os = "macos")]
 pub(super) use apple::{clone_file, clone_folder};
 #[cfg(target_os = "linux")]
-pub(super) use linux::{share, take_over_nocow};
+pub(in crate::storage) use linux::share;
+#[cfg(target_os = "linux")]
+pub(super) use linux::take_over_nocow;
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -40,10 +42,7 @@ mod linux {
     }
 
     /// Makes the empty file `to` share all blocks of `from`.
-    pub(in crate::storage::files) fn share(
-        from: BorrowedFd<'_>,
-        to: BorrowedFd<'_>,
-    ) -> Result<(), Errno> {
+    pub(in crate::storage) fn share(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
         let source = c_ulong::try_from(from.as_raw_fd()).map_err(|_| Errno::EBADF)?;
         // SAFETY: both descriptors are open for the call's time and no memory is passed.
         unsafe { raw::ficlone(to.as_raw_fd(), source as _) }.map(drop)

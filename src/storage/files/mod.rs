@@ -16,16 +16,17 @@ use self::file::{At, Source};
 use self::fill::{Brought, sync};
 use self::tree::Tree;
 use super::pool::{self, DOOMED, PARTIAL, Pool};
+use super::usage::Survey;
 use super::{
     CloneMethod, Consistency, DriverKind, Omit, Progress, Space, StorageDriver, StorageError,
-    Usage, usage,
+    Usage, Usages, usage,
 };
 use crate::fsx;
 use crate::types::VolumeId;
 
 mod file;
 mod fill;
-mod ioctl;
+pub(super) mod ioctl;
 mod tree;
 
 pub(super) use fill::Done;
@@ -56,6 +57,7 @@ pub(super) trait Way: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub(super) struct FileByFile<W> {
     pool: Pool,
+    survey: Survey,
     way: W,
     margin_bytes: u64,
 }
@@ -64,6 +66,7 @@ impl<W: Way> FileByFile<W> {
     pub(super) fn new(pool: Pool, way: W) -> Self {
         Self {
             pool,
+            survey: Survey::default(),
             way,
             margin_bytes: MARGIN_BYTES,
         }
@@ -268,7 +271,11 @@ impl<W: Way> StorageDriver for FileByFile<W> {
     }
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError> {
-        usage::measure(&self.pool.must_exist(id)?, self.way.may_be_shared())
+        self.survey.usage(&self.pool, id, self.way.may_be_shared())
+    }
+
+    fn usage_of_all(&self, ids: &[VolumeId]) -> Result<Usages, StorageError> {
+        self.survey.look(&self.pool, ids, self.way.may_be_shared())
     }
 
     fn space(&self) -> Result<Space, StorageError> {
