@@ -8,6 +8,8 @@ mod support;
 mod branches;
 mod cli;
 mod daemon;
+mod doctor;
+mod faults;
 mod git;
 mod pools;
 mod rooms;

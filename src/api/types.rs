@@ -292,6 +292,12 @@ pub struct BranchInfo {
     pub trashed_at: Option<String>,
     /// RFC 3339, UTC; when the trash will destroy it.
     pub expires_at: Option<String>,
+    /// Why it failed, when it did.
+    #[serde(default)]
+    pub failure: Option<String>,
+    /// What to do about that.
+    #[serde(default)]
+    pub failure_hint: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -310,8 +316,6 @@ pub struct BranchDetails {
     pub children: Vec<BranchName>,
     /// Client sessions right now.
     pub sessions: usize,
-    /// Why it failed, when it did.
-    pub failure: Option<String>,
     pub logical_bytes: Option<u64>,
     pub exclusive_bytes: Option<u64>,
 }

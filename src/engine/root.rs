@@ -92,7 +92,8 @@ impl Engine {
         crash_point("init:intent");
         if let Err(e) = self.make_root(&slot, &mut live, &config, &branch).await {
             self.undo(&slot, &mut live, &branch).await;
-            return Err(e);
+            // Its log went with it.
+            return Err(e.about_pool(&branch.pool).or_hint("dbranch doctor"));
         }
         drop(live);
         self.publish(&branch).await;
@@ -135,8 +136,9 @@ impl Engine {
                 .hint(format!("set DBRANCH_STORAGE to one of {}", Choice::names()))
         })?;
         let pool = request.pool.clone().unwrap_or_else(|| self.pool());
+        self.may_become_a_pool(&pool)?;
         let driver = self.open_pool(choice, &pool).await?;
-        self.mark_pool(driver.pool())?;
+        self.mark_pool(driver.pool()).await?;
         if let Some(advice) = driver.advice() {
             to.notice(advice);
         }
@@ -203,13 +205,12 @@ impl Engine {
         // initdb reads the password as the owner of the data, who can't read our secrets.
         let admin_password = self.password(&branch.project, Secret::Admin)?;
         let password_file = driver.volume_path(&branch.volume).join("password");
-        crate::fsx::write_atomic(
-            &password_file,
-            admin_password.reveal().as_bytes(),
-            0o600,
-            self.give_to(),
-        )
-        .map_err(|e| EngineError::io("write", &password_file, &e))?;
+        let (file, owner) = (password_file.clone(), self.give_to());
+        blocking(move || {
+            crate::fsx::write_atomic(&file, admin_password.reveal().as_bytes(), 0o600, owner)
+                .map_err(|e| EngineError::io("write", &file, &e))
+        })
+        .await?;
         let made = runtime
             .init_cluster(&InitSpec {
                 server,
@@ -220,9 +221,13 @@ impl Engine {
                 locale: config.postgres.locale.clone(),
             })
             .await;
-        std::fs::remove_file(&password_file)
-            .map_err(|e| EngineError::io("remove", &password_file, &e))?;
+        let removed = blocking(move || {
+            std::fs::remove_file(&password_file)
+                .map_err(|e| EngineError::io("remove", &password_file, &e))
+        });
+        let removed = removed.await;
         made?;
+        removed?;
         crash_point("init:cluster");
 
         self.launch(slot, live, branch).await?;

@@ -334,7 +334,7 @@ impl Engine {
             ))
             .hint("dbranch doctor"));
         }
-        self.mark_pool(&path)?;
+        self.mark_pool(&path).await?;
         let is_new = self.pool_in_file()?.as_deref() != Some(&*path);
         if is_new {
             Machine::save_pool(&self.0.paths, Some(&path))?;
