@@ -83,6 +83,7 @@ impl Pool {
         &self.path
     }
 
+    #[cfg(target_os = "linux")]
     pub(super) fn folder(&self) -> Result<File, StorageError> {
         open_folder(&self.path)
     }
