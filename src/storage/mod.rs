@@ -269,6 +269,7 @@ pub struct Usages {
     pub notes: Vec<String>,
 }
 
+#[cfg(target_os = "linux")]
 impl Usages {
     /// The same with only these volumes; the holders stay.
     fn only(mut self, ids: &[VolumeId]) -> Self {

@@ -165,6 +165,7 @@ impl Pool {
         &self.path
     }
 
+    #[cfg(target_os = "linux")]
     pub(super) fn folder(&self) -> Result<File, StorageError> {
         open_folder(&self.path).map_err(|e| match e {
             StorageError::Io { action, source, .. } => self.failure(action, &self.path, 0, source),
