@@ -169,13 +169,6 @@ fn show_branching(
             &all.ioctl,
         ),
     ];
-    if state == Parent::Written {
-        rows.push(beside(
-            "(a) the hook adds; floor: CHECKPOINT + ioctl",
-            &hook_adds,
-            &all.checkpoint_and_ioctl,
-        ));
-    }
     rows.push(time(
         "(b) `git checkout -b` to the first answer",
         &all.first_ours,
@@ -214,7 +207,7 @@ fn show_branching(
         "\ngit checkout -b: {} ms bare, a hook that does nothing adds {}. \
          dbranch: the hook's line says {}, git ends after {}, connected {} later, answer {} later. \
          Floor: ready {} after the ioctl, answer {} later. \
-         A snapshot never started owns {} KiB. dbranch made a checkpoint in {} of {rounds}.",
+         A snapshot never started owns {} KiB. The parent made a checkpoint for dbranch, after git, in {} of {rounds}.",
         all.git_plain.shown(),
         idle_adds.shown(),
         all.said.shown(),

@@ -52,7 +52,6 @@ pub(crate) struct Branching {
     pub(crate) git_plain: Samples,
     pub(crate) git_idle: Samples,
     pub(crate) ioctl: Samples,
-    pub(crate) checkpoint_and_ioctl: Samples,
     /// From the start of git to the first answer.
     pub(crate) first_ours: Samples,
     pub(crate) first_floor: Samples,
@@ -260,10 +259,8 @@ async fn by_hand(
 
     // A snapshot nobody starts, after a checkpoint.
     root.prepare(state).await?;
-    let begun = std::time::Instant::now();
     root.run("checkpoint").await?;
     let (snapshot, _) = floor.snapshot(&source, &slug)?;
-    all.checkpoint_and_ioctl.push_time(begun.elapsed());
     world.pool.settle()?;
     if let Some(bytes) = btrfs_du(&snapshot.path) {
         all.du_snapshot.push_bytes(bytes);

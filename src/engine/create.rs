@@ -16,8 +16,6 @@ use crate::runtime::StopMode;
 use crate::storage::{CloneMethod, Consistency, Omit, StorageDriver};
 use crate::types::{BranchId, BranchName, VolumeId};
 
-/// How long a checkpoint may keep a clone waiting that is right without it.
-const CHECKPOINT_LIMIT: Duration = Duration::from_secs(10);
 /// How long a server may take to begin or end backup mode, which writes a checkpoint.
 const BACKUP_LIMIT: Duration = Duration::from_secs(300);
 
@@ -195,8 +193,9 @@ impl Engine {
         };
         let method = match (live.is_running(), driver.consistency()) {
             (true, Consistency::Atomic) => {
-                self.checkpoint_if_it_pays(&live, &driver, &parent).await;
-                clone(Omit::NOTHING).await?
+                let method = clone(Omit::NOTHING).await?;
+                self.recut_later(child, &parent).await;
+                method
             }
             (true, Consistency::NeedsBackup) => {
                 self.room_for_clone(&driver, &parent).await?;
@@ -230,30 +229,6 @@ impl Engine {
     ) -> Result<()> {
         let (driver, from) = (driver.clone(), parent.volume.clone());
         blocking(move || Ok(driver.must_have_room(&from, Omit(postgres::omit))?)).await
-    }
-
-    /// Spares the clone a long recovery. Without it the clone is right too, only slower to start.
-    async fn checkpoint_if_it_pays(
-        &self,
-        live: &Live,
-        driver: &Arc<dyn StorageDriver>,
-        parent: &BranchRecord,
-    ) {
-        let data_dir = data_dir(&driver.volume_path(&parent.volume));
-        let checkpoint = async {
-            if postgres::checkpoint_pays(&data_dir)
-                .map_err(|e| EngineError::io("look at the log of", &data_dir, &e))?
-            {
-                self.admin(live, parent).await?.checkpoint().await?;
-            }
-            Ok::<_, EngineError>(())
-        };
-        let why = match tokio::time::timeout(CHECKPOINT_LIMIT, checkpoint).await {
-            Ok(Ok(())) => return,
-            Ok(Err(e)) => e.message,
-            Err(_) => format!("no answer within {} s", CHECKPOINT_LIMIT.as_secs()),
-        };
-        warn!(branch = %parent.name, "checkpoint before a clone: {why}");
     }
 
     async fn catch_up(

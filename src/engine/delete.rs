@@ -160,7 +160,10 @@ impl Engine {
     /// Removes what a branch left on disk, then its record. Its instance must not run.
     pub(super) async fn erase(&self, branch: &BranchRecord) -> Result<()> {
         let driver = self.driver(branch).await?;
-        let volume = branch.volume.clone();
+        self.destroy_spares(&branch.id, &driver).await?;
+        // Not the one that the caller saw: a fresh branch may have been given another since.
+        let current = self.0.registry.branch(&branch.id)?;
+        let volume = current.map_or_else(|| branch.volume.clone(), |b| b.volume);
         blocking(move || Ok(driver.destroy(&volume)?)).await?;
         crash_point("delete:destroyed");
         let socket_dir = self.0.paths.instance_socket_dir(&branch.id);

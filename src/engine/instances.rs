@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tracing::{info, warn};
 
+use super::recut::Origin;
 use super::{ADMIN, Engine, EngineError, Result, Secret, data_dir, lock};
 use crate::postgres::{self, Admin, Conf, Listen};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
@@ -40,6 +41,9 @@ pub(super) struct Slot {
     live: Arc<Mutex<Live>>,
     state: watch::Sender<InstanceState>,
     sessions: Arc<AtomicUsize>,
+    /// Where a clone comes from that is to be made small before its first start. Whoever does so
+    /// holds the lock.
+    pub(super) fresh: Arc<Mutex<Option<Origin>>>,
 }
 
 /// What belongs to a running instance.
@@ -79,6 +83,7 @@ impl Slot {
             live: Arc::default(),
             state: watch::Sender::new(InstanceState::Stopped),
             sessions: Arc::default(),
+            fresh: Arc::default(),
         }
     }
 
@@ -95,7 +100,7 @@ impl Slot {
         self.sessions.load(Ordering::Relaxed)
     }
 
-    fn address(&self) -> Option<BackendAddress> {
+    pub(super) fn address(&self) -> Option<BackendAddress> {
         match &*self.state.borrow() {
             InstanceState::Running(address) => Some(address.clone()),
             _ => None,
@@ -130,6 +135,7 @@ impl Engine {
         }
         let (engine, id, asked) = (self.clone(), id.clone(), Instant::now());
         self.detached(async move {
+            engine.recut(&slot, &id).await;
             let mut live = slot.turn().await;
             if slot.address().is_some_and(|address| !is_there(&address)) {
                 warn!(branch = %id, "its instance has lost its socket: starting it again");
@@ -404,8 +410,16 @@ impl Engine {
             .instance
             .as_ref()
             .ok_or_else(|| EngineError::bug(format!("branch `{}` does not run", branch.name)))?;
+        self.admin_at(&instance.address, branch).await
+    }
+
+    pub(super) async fn admin_at(
+        &self,
+        address: &BackendAddress,
+        branch: &BranchRecord,
+    ) -> Result<Admin> {
         let password = self.password(&branch.project, Secret::Admin)?;
-        Ok(Admin::connect(&instance.address, ADMIN, "postgres", &password).await?)
+        Ok(Admin::connect(address, ADMIN, "postgres", &password).await?)
     }
 
     pub(super) async fn instance_spec(

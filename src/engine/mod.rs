@@ -24,6 +24,7 @@ mod parent;
 mod pools;
 mod project;
 mod recover;
+mod recut;
 mod root;
 mod usage;
 mod view;

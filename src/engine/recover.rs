@@ -146,7 +146,11 @@ impl Engine {
         let mut actions = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
             let action = match branch.stage {
-                Stage::Ready => continue,
+                Stage::Ready if dry_run => continue,
+                Stage::Ready => {
+                    self.drop_spares(&branch).await;
+                    continue;
+                }
                 Stage::Creating => format!("roll back the half-made branch `{}`", branch.name),
                 Stage::Deleting => format!("finish deleting branch `{}`", branch.name),
             };
@@ -287,6 +291,8 @@ impl Engine {
                     .map(|b| b.volume),
             );
         }
+        let spares = self.0.registry.spare_volumes()?;
+        known.extend(spares.into_iter().map(|(volume, _)| volume));
         let mut notes = Vec::new();
         let mut pools = HashSet::new();
         for branch in self.0.registry.branches(&project.id)? {

@@ -162,7 +162,10 @@ impl Engine {
             kind,
             config.postgres.version,
             config.postgres.image.as_deref(),
-            &mut |pull| to.progress(&pull.status, pull.done_bytes, pull.total_bytes),
+            &mut |pull| {
+                let what = format!("pulling the image: {}", pull.status.to_lowercase());
+                to.progress(&what, pull.done_bytes, pull.total_bytes);
+            },
         )
         .await?;
         if let Some(why) = &chosen.notice {

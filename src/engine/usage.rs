@@ -73,10 +73,20 @@ impl Engine {
     /// Bytes of one branch.
     pub async fn usage_of(&self, branch: &BranchRecord) -> Result<Usage> {
         let driver = self.driver(branch).await?;
-        let volume = branch.volume.clone();
+        let measure = |volume: VolumeId| {
+            let driver = driver.clone();
+            blocking(move || Ok(driver.usage(&volume)?))
+        };
         // One at a time, so that those who wait take no threads from others.
         let _measuring = self.0.measuring.lock().await;
-        blocking(move || Ok(driver.usage(&volume)?)).await
+        let measured = measure(branch.volume.clone()).await;
+        match self.0.registry.branch(&branch.id)? {
+            // It was given another volume meanwhile, and this one destroyed.
+            Some(now) if measured.is_err() && now.volume != branch.volume => {
+                measure(now.volume).await
+            }
+            _ => measured,
+        }
     }
 
     /// Bytes of all branches of a project. Those destroyed meanwhile are left out.

@@ -195,7 +195,10 @@ impl Engine {
     }
 
     pub async fn volume(&self, branch: &BranchRecord) -> Result<PathBuf> {
-        Ok(self.driver(branch).await?.volume_path(&branch.volume))
+        let driver = self.driver(branch).await?;
+        // Not as the caller saw it: a fresh branch may be given another one before its first start.
+        let current = self.0.registry.branch(&branch.id)?;
+        Ok(driver.volume_path(&current.as_ref().unwrap_or(branch).volume))
     }
 
     pub fn children(&self, branch: &BranchRecord) -> Result<Vec<BranchName>> {

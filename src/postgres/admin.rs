@@ -186,6 +186,19 @@ impl Admin {
         self.run("write a checkpoint", "CHECKPOINT").await
     }
 
+    /// Where the next WAL record will begin, written out or not.
+    pub async fn insert_position(&self) -> Result<u64, AdminError> {
+        const ACTION: &str = "read the log's position";
+        let row = self
+            .row(ACTION, "SELECT pg_catalog.pg_current_wal_insert_lsn()")
+            .await?;
+        let text = row.first().map(String::as_str).unwrap_or_default();
+        lsn(text).ok_or_else(|| AdminError::Unexpected {
+            action: ACTION,
+            detail: format!("`{}`", text.escape_debug()),
+        })
+    }
+
     /// Begins a base backup: from here on the cluster may be copied while it runs.
     /// WAL isn't recycled until the backup is ended or dropped, by a temporary slot.
     /// The session is used up by it, as the server ends a backup with its session.

@@ -13,7 +13,7 @@ use super::*;
 use crate::storage::{self, Choice, Consistency, DriverKind, Omit, StorageDriver};
 use crate::types::{BackendAddress, Password, VolumeId};
 
-async fn connect(server: &Server, password: &Password) -> tokio_postgres::Client {
+pub(super) async fn connect(server: &Server, password: &Password) -> tokio_postgres::Client {
     let BackendAddress::Unix { dir, port } = server.address() else {
         unreachable!("the test server has a socket")
     };
@@ -78,30 +78,6 @@ async fn a_role_and_its_database_are_set_up_once_and_again() {
     })
     .await
     .expect("a session notices that its server has gone");
-}
-
-#[tokio::test]
-async fn a_checkpoint_pays_after_much_writing_and_not_before() {
-    let Some(programs) = programs("a_checkpoint_pays_after_much_writing_and_not_before") else {
-        return;
-    };
-    let folder = programs.folder(None);
-    let data = folder.path().join("data");
-    let password = Password::random();
-    programs.init(&data, &password);
-    let server = programs.start(&data).await;
-    let admin = server.admin(&password).await;
-    assert!(!checkpoint_pays(&data).unwrap());
-    connect(&server, &password)
-        .await
-        .batch_execute(
-            "CREATE TABLE big AS SELECT i, repeat('x', 200) FROM generate_series(1, 10000) i",
-        )
-        .await
-        .unwrap();
-    assert!(checkpoint_pays(&data).unwrap());
-    admin.checkpoint().await.unwrap();
-    assert!(!checkpoint_pays(&data).unwrap());
 }
 
 #[tokio::test]

@@ -24,12 +24,15 @@ mod conf;
 mod pid_file;
 mod probe;
 mod query;
+mod twin;
 mod wal;
 
 #[cfg(test)]
 mod live_tests;
 #[cfg(test)]
 mod test_server;
+#[cfg(test)]
+mod twin_tests;
 
 pub use admin::{Admin, AdminError, Backup, BackupLabel};
 pub use cluster::{
@@ -40,4 +43,4 @@ pub use conf::{BadSetting, Conf, Listen, check_setting, check_settings};
 pub use pid_file::{PidFile, Status};
 pub use probe::wait_ready;
 pub use query::query;
-pub use wal::checkpoint_pays;
+pub use twin::Cut;

@@ -35,15 +35,26 @@ pub(super) struct Programs {
 }
 
 pub(super) fn programs(test: &str) -> Option<Programs> {
-    let bin = std::env::var_os("DBRANCH_TEST_PG_BIN")
-        .map(PathBuf::from)
-        .or_else(newest_installed);
+    let named = std::env::var_os("DBRANCH_TEST_PG_BIN").map(PathBuf::from);
+    let bin = named.or_else(newest_installed);
+    programs_in(test, "postgres", "DBRANCH_TEST_PG_BIN", bin)
+}
+
+/// [`programs`] of PostgreSQL 18.
+pub(super) fn programs_18(test: &str) -> Option<Programs> {
+    let bin = std::env::var_os("DBRANCH_TEST_PG_BIN_18").map(PathBuf::from);
+    programs_in(test, "postgres18", "DBRANCH_TEST_PG_BIN_18", bin)
+}
+
+fn programs_in(
+    test: &str,
+    capability: &str,
+    variable: &str,
+    bin: Option<PathBuf>,
+) -> Option<Programs> {
     let Some(bin) = bin.filter(|bin| bin.join("initdb").exists()) else {
-        skip(
-            test,
-            "postgres",
-            "no server programs; set DBRANCH_TEST_PG_BIN",
-        );
+        let reason = format!("no server programs; set {variable}");
+        skip(test, capability, &reason);
         return None;
     };
     let owner = if Uid::effective().is_root() {

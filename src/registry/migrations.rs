@@ -4,7 +4,8 @@ use rusqlite::Connection;
 
 use super::RegistryError;
 
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[
+    "
     CREATE TABLE projects (
         id               TEXT PRIMARY KEY,
         name             TEXT NOT NULL,
@@ -43,10 +44,18 @@ const STEPS: &[&str] = &["
         head     TEXT,
         PRIMARY KEY (project, git_dir)
     ) STRICT;
-", "
+    ",
+    "
     ALTER TABLE endpoints ADD COLUMN port INTEGER;
     CREATE UNIQUE INDEX endpoint_ports ON endpoints(port);
-"];
+    ",
+    "
+    CREATE TABLE spare_volumes (
+        volume TEXT PRIMARY KEY,
+        branch TEXT NOT NULL REFERENCES branches(id)
+    ) STRICT;
+    ",
+];
 
 /// Brings the schema to this program's version, each step in a transaction.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), RegistryError> {

@@ -10,7 +10,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 
 use super::{BranchRecord, EndpointRecord, ProjectRecord, ServerRecord, Stage, migrations};
-use crate::types::{BranchId, BranchName, ProjectId};
+use crate::types::{BranchId, BranchName, ProjectId, VolumeId};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
@@ -320,6 +320,63 @@ impl Registry {
         })
     }
 
+    // --- spare volumes ---
+
+    /// Volumes that belong to branches but hold no branch's data: made and not taken yet, or
+    /// replaced. Each is to be destroyed.
+    pub fn spare_volumes(&self) -> Result<Vec<(VolumeId, BranchId)>> {
+        self.read(|c| {
+            all(c, "SELECT volume, branch FROM spare_volumes", [], |row| {
+                Ok((
+                    valid(row, "volume", VolumeId::new)?,
+                    valid(row, "branch", BranchId::new)?,
+                ))
+            })
+        })
+    }
+
+    /// Records a volume that is about to be made for a branch.
+    pub fn add_spare_volume(&self, volume: &VolumeId, branch: &BranchId) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute(
+                "INSERT INTO spare_volumes (volume, branch) VALUES (?1, ?2)",
+                [volume.as_str(), branch.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Gives a branch its spare volume in exchange for the one it has, which becomes the spare.
+    pub fn take_spare_volume(&self, spare: &VolumeId, branch: &BranchId) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            c.execute(
+                "INSERT INTO spare_volumes (volume, branch) SELECT volume, id FROM branches
+                 WHERE id = ?1",
+                [branch.as_str()],
+            )?;
+            c.execute(
+                "UPDATE branches SET volume = ?2 WHERE id = ?1",
+                [branch.as_str(), spare.as_str()],
+            )?;
+            c.execute(
+                "DELETE FROM spare_volumes WHERE volume = ?1",
+                [spare.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Forgets a spare volume that was destroyed.
+    pub fn remove_spare_volume(&self, volume: &VolumeId) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.execute(
+                "DELETE FROM spare_volumes WHERE volume = ?1",
+                [volume.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
     // --- endpoints ---
 
     pub fn endpoints(&self, project: &ProjectId) -> Result<Vec<EndpointRecord>> {
@@ -544,7 +601,7 @@ fn branch(row: &Row<'_>) -> rusqlite::Result<BranchRecord> {
             "deleting" => Stage::Deleting,
             _ => Stage::Ready,
         },
-        volume: valid(row, "volume", crate::types::VolumeId::new)?,
+        volume: valid(row, "volume", VolumeId::new)?,
         driver: row.get("driver")?,
         pool: path(row, "pool")?,
         server: ServerRecord {

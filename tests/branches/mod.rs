@@ -3,9 +3,11 @@
 mod damage;
 mod delete;
 mod demo;
+mod image;
 mod load;
 mod many;
 mod projects;
+mod recut;
 mod room;
 mod story;
 mod suspend;

@@ -156,8 +156,8 @@ impl TestEnv {
 
     // ---- programs ------------------------------------------------------------------------
 
-    /// A program in this environment, which inherits nothing from ours.
-    pub(crate) fn command(&self, program: impl AsRef<OsStr>, dir: &Path) -> Command {
+    /// The folders of programs: the built `dbranch`, postgres, and the system's.
+    pub(crate) fn search_path(&self) -> String {
         let built = Path::new(env!("CARGO_BIN_EXE_dbranch"));
         let mut path = vec![built.parent().expect("a file has a folder").to_owned()];
         path.extend(self.bin_dir.clone());
@@ -165,11 +165,16 @@ impl TestEnv {
             ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"].map(PathBuf::from),
         );
         let path = std::env::join_paths(path).expect("no colon in these");
+        path.into_string().expect("tests set text")
+    }
+
+    /// A program in this environment, which inherits nothing from ours.
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>, dir: &Path) -> Command {
         let mut command = Command::new(program);
         command
             .current_dir(dir)
             .env_clear()
-            .env("PATH", path)
+            .env("PATH", self.search_path())
             .env("HOME", self.path("user"))
             .env("LANG", "C.UTF-8")
             .env("TERM", "dumb")

@@ -8,6 +8,7 @@ mod env;
 mod leftovers;
 mod ports;
 pub(crate) mod process;
+pub(crate) mod registry;
 mod session;
 mod zfs;
 

@@ -277,3 +277,44 @@ fn a_newer_registry_is_left_alone() {
         Err(RegistryError::Newer { found: 99, .. })
     ));
 }
+
+#[test]
+fn a_registry_from_before_spare_volumes_goes_on() {
+    let (dir, registry) = registry();
+    let project = a_project(Path::new("/r/.git"), 15432);
+    registry.put_project(&project).unwrap();
+    let branch = registry
+        .add_branch(&a_branch(&project, "x"), (1, 9), |_| true)
+        .unwrap();
+    registry
+        .read(|c| {
+            c.execute_batch("DROP TABLE spare_volumes")?;
+            Ok(c.pragma_update(None, "user_version", 1)?)
+        })
+        .unwrap();
+    drop(registry);
+    let registry = Registry::open(&dir.path().join("registry.db")).unwrap();
+    assert_eq!(registry.branch(&branch.id).unwrap(), Some(branch));
+    assert_eq!(registry.spare_volumes().unwrap(), []);
+}
+
+#[test]
+fn a_spare_volume_changes_places_with_the_branchs_own() {
+    let (_dir, registry) = registry();
+    let project = a_project(Path::new("/r/.git"), 15432);
+    registry.put_project(&project).unwrap();
+    let branch = registry
+        .add_branch(&a_branch(&project, "x"), (1, 9), |_| true)
+        .unwrap();
+    let spare = VolumeId::random();
+    registry.add_spare_volume(&spare, &branch.id).unwrap();
+    registry.take_spare_volume(&spare, &branch.id).unwrap();
+    let now = registry.branch(&branch.id).unwrap().unwrap();
+    assert_eq!(now.volume, spare);
+    assert_eq!(
+        registry.spare_volumes().unwrap(),
+        [(branch.volume.clone(), branch.id)]
+    );
+    registry.remove_spare_volume(&branch.volume).unwrap();
+    assert_eq!(registry.spare_volumes().unwrap(), []);
+}

@@ -6,6 +6,7 @@ use bollard::models::CreateImageInfo;
 use bollard::query_parameters::CreateImageOptionsBuilder;
 use futures_util::StreamExt as _;
 
+use super::credentials::{Login, registry_of, with_readable_login};
 use super::once::Once;
 use super::{Docker, RuntimeError, failed, said, status_of};
 use crate::runtime::discover;
@@ -70,7 +71,7 @@ impl Docker {
         }
     }
 
-    /// Pulls the image from its registry.
+    /// Pulls the image from its registry, logged in as `docker pull` would be.
     ///
     /// # Errors
     /// `NoServer` when it can't be had: no network, no such image, no login.
@@ -82,10 +83,15 @@ impl Docker {
         let options = CreateImageOptionsBuilder::default()
             .from_image(&with_tag(image))
             .build();
+        let login = Login::of(image).await;
+        if let Some(trouble) = &login.trouble {
+            tracing::warn!(image, "pulled without a login: {trouble}");
+        }
+        let api = self.api.clone().with_request_modifier(with_readable_login);
         let mut layers = Layers::default();
-        let mut stream = std::pin::pin!(self.api.create_image(Some(options), None, None));
+        let mut stream = std::pin::pin!(api.create_image(Some(options), None, login.credentials));
         while let Some(step) = stream.next().await {
-            let step = step.map_err(|e| not_pulled(image, &said(&e)))?;
+            let step = step.map_err(|e| not_pulled(image, &said(&e), login.trouble.as_deref()))?;
             if let Some(now) = layers.apply(&step) {
                 progress(now);
             }
@@ -166,13 +172,24 @@ pub(super) fn absent(image: &str) -> RuntimeError {
     }
 }
 
-fn not_pulled(image: &str, detail: &str) -> RuntimeError {
-    RuntimeError::NoServer {
-        message: format!("the image {image} is not here and can't be pulled: {detail}"),
-        hint: format!(
+/// Why an image can't be pulled, and what to do about it: the engine's words tell three cases apart.
+fn not_pulled(image: &str, detail: &str, no_login: Option<&str>) -> RuntimeError {
+    let says = |words: &[&str]| words.iter().any(|word| detail.contains(word));
+    let hint = if says(&["unauthorized", "no basic auth", "denied"]) {
+        let registry = registry_of(image).map_or_else(String::new, |r| format!(" {r}"));
+        format!("`docker login{registry}`, then try again")
+    } else if says(&["manifest unknown", "not found"]) {
+        "set postgres.image to a name and tag that its registry has, or postgres.version".into()
+    } else {
+        format!(
             "`docker pull {image}` when the network is there, or set postgres.image to an image \
              that is here (`docker images`)"
-        ),
+        )
+    };
+    let no_login = no_login.map_or_else(String::new, |why| format!(" (without a login: {why})"));
+    RuntimeError::NoServer {
+        message: format!("the image {image} is not here and can't be pulled: {detail}{no_login}"),
+        hint,
     }
 }
 
@@ -234,6 +251,23 @@ mod tests {
         assert_eq!(with_tag("postgres:17"), "postgres:17");
         assert_eq!(with_tag("host:5000/pg"), "host:5000/pg:latest");
         assert_eq!(with_tag("pg@sha256:00"), "pg@sha256:00");
+    }
+
+    #[test]
+    fn the_hint_fits_what_the_registry_said() {
+        let hint = |image, detail| match not_pulled(image, detail, None) {
+            RuntimeError::NoServer { hint, .. } => hint,
+            other => panic!("{other}"),
+        };
+        let unknown = "manifest for r.io/pg:1 not found: manifest unknown";
+        assert!(hint("r.io/pg:1", unknown).contains("postgres.image"));
+        let unauthorized = "Head \"https://r.io/v2/\": unauthorized: authentication required";
+        assert!(hint("r.io/pg:1", unauthorized).starts_with("`docker login r.io`"));
+        let denied =
+            "pull access denied for pg, repository does not exist or may require 'docker login'";
+        assert!(hint("pg:1", denied).starts_with("`docker login`"));
+        let refused = "dial tcp 127.0.0.1:5000: connect: connection refused";
+        assert!(hint("pg:1", refused).contains("docker pull pg:1"));
     }
 
     #[test]
