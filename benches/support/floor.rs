@@ -62,11 +62,10 @@ impl Floor {
         match self {
             Self::Btrfs => return ioctl::snapshot(from, &File::open(folder)?, name),
             Self::Zfs => {
-                let (source, pool) = (dataset(from)?, dataset(folder)?);
-                let snapshot = format!("{source}@{name}");
+                let (snapshot, clone) = (format!("{}@{name}", dataset(from)?), dataset(to)?);
                 let begun = Instant::now();
                 zfs(&["snapshot", &snapshot])?;
-                zfs(&["clone", &snapshot, &format!("{pool}/{name}")])?;
+                zfs(&["clone", &snapshot, &clone])?;
                 return Ok(begun.elapsed());
             }
             Self::Reflink => cp.args(["-a", "--reflink=always"]),
@@ -112,10 +111,16 @@ impl Floor {
     }
 }
 
-fn dataset(mounted_at: &Path) -> Result<String> {
+/// The dataset of a volume: a child of the pool's, named as its folder is.
+fn dataset(volume: &Path) -> Result<String> {
+    let pool = volume.parent().context("no folder")?;
+    let name = volume
+        .file_name()
+        .and_then(|n| n.to_str())
+        .context("no name")?;
     let mut list = Command::new("zfs");
-    list.args(["list", "-H", "-o", "name"]).arg(mounted_at);
-    Ok(pool::run(&mut list)?.trim().to_owned())
+    list.args(["list", "-H", "-o", "name"]).arg(pool);
+    Ok(format!("{}/{name}", pool::run(&mut list)?.trim()))
 }
 
 fn zfs(args: &[&str]) -> Result<()> {
