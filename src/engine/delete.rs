@@ -134,8 +134,9 @@ impl Engine {
         live: &mut Live,
         branch: &BranchRecord,
     ) -> Result<DeletedBranch> {
-        // What can't be reached now is refused before anything changes.
-        self.driver(branch).await?;
+        // What can't be reached or destroyed now is refused before anything changes.
+        let (driver, volume) = (self.driver(branch).await?, branch.volume.clone());
+        blocking(move || Ok(driver.check_destroy(&volume)?)).await?;
         self.0.registry.set_stage(&branch.id, Stage::Deleting)?;
         crash_point("delete:intent");
         self.withdraw(branch);

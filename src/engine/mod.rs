@@ -245,7 +245,7 @@ impl Engine {
 
     /// The driver of a branch's volume.
     async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
-        let kind = branch
+        let kind: storage::DriverKind = branch
             .driver
             .parse()
             .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
@@ -259,7 +259,7 @@ impl Engine {
                 branch.pool.display(),
                 branch.name
             ))
-            .hint("mount its file system again, then dbranch sync"));
+            .hint(format!("{}, then dbranch sync", kind.how_to_mount())));
         }
         self.open_pool(storage::Choice::Driver(kind), &branch.pool)
             .await

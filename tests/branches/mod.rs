@@ -9,3 +9,4 @@ mod room;
 mod story;
 mod suspend;
 mod unprivileged;
+mod zfs;

@@ -1,6 +1,6 @@
 //! The file system calls that have no safe wrapper, and nothing else.
 //!
-//! Numbers and layouts are those of `linux/btrfs.h` and `linux/fs.h`; see `ioctl_ficlone(2)`.
+//! Numbers and layouts are those of `linux/btrfs.h`.
 #![expect(unsafe_code, reason = "ioctl(2) is untyped; its only callers are here")]
 
 use std::ffi::OsStr;
@@ -39,7 +39,6 @@ mod raw {
     nix::ioctl_write_ptr!(subvol_create_v2, BTRFS_MAGIC, 24, VolArgsV2);
     nix::ioctl_write_ptr!(snap_create_v2, BTRFS_MAGIC, 23, VolArgsV2);
     nix::ioctl_write_ptr!(snap_destroy, BTRFS_MAGIC, 15, VolArgs);
-    nix::ioctl_write_int!(ficlone, BTRFS_MAGIC, 9);
 }
 
 /// The name as the kernel wants it. Names come from ids and so are short; a
@@ -93,16 +92,6 @@ pub(super) fn destroy_subvolume(folder: BorrowedFd<'_>, name: &OsStr) -> Result<
     // SAFETY: the descriptor is open for the call's time, `args` has the layout the
     // number promises and the kernel only reads it.
     unsafe { raw::snap_destroy(folder.as_raw_fd(), &raw const args) }.map(drop)
-}
-
-/// Makes the empty file `to` share all blocks of `from` (`FICLONE`).
-pub(in crate::storage) fn share_file(
-    from: BorrowedFd<'_>,
-    to: BorrowedFd<'_>,
-) -> Result<(), Errno> {
-    let source = nix::libc::c_ulong::try_from(from.as_raw_fd()).map_err(|_| Errno::EBADF)?;
-    // SAFETY: both descriptors are open for the call's time and no memory is passed.
-    unsafe { raw::ficlone(to.as_raw_fd(), source as _) }.map(drop)
 }
 
 #[cfg(test)]

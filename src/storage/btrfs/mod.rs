@@ -202,7 +202,7 @@ impl StorageDriver for Btrfs {
             return Err(StorageError::Unsupported {
                 driver: DriverKind::Btrfs,
                 path: source,
-                reason: "this volume is a plain folder, made by the driver `copy`".into(),
+                reason: "this volume is a plain folder, made file by file by another driver".into(),
             });
         }
         self.snapshot(OsStr::new(from.as_str()), OsStr::new(to.as_str()))?;

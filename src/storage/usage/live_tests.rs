@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -242,9 +241,8 @@ impl Chaos {
                 let _ = fs::hard_link(&file, &new);
             }
             15 => {
-                let to = File::create_new(&new).unwrap();
-                let from = File::open(&file).unwrap();
-                crate::storage::btrfs::ioctl::share_file(from.as_fd(), to.as_fd()).unwrap();
+                // It shares the blocks (copy_file_range(2)).
+                fs::copy(&file, &new).unwrap();
             }
             16 if folder != root => fs::remove_dir_all(&folder).unwrap(),
             17 | 18 if ids.len() < 8 => drop(mounted.clone_of(&id)),
@@ -316,7 +314,7 @@ fn later_looks_at_trees_see_what_a_first_one_sees() {
 #[test]
 fn later_looks_at_files_see_what_a_first_one_sees() {
     let test = "later_looks_at_files_see_what_a_first_one_sees";
-    for (kind, file_system) in [(DriverKind::Btrfs, "btrfs"), (DriverKind::Copy, "xfs")] {
+    for (kind, file_system) in [(DriverKind::Btrfs, "btrfs"), (DriverKind::Reflink, "xfs")] {
         let Some(mounted) = Mounted::new(test, kind, file_system, "noatime") else {
             continue;
         };
@@ -398,7 +396,7 @@ fn destroying_frees_what_was_said() {
     for (kind, file_system, options) in [
         (DriverKind::Btrfs, "btrfs", "noatime"),
         (DriverKind::Btrfs, "btrfs", "compress=zstd"),
-        (DriverKind::Copy, "xfs", "noatime"),
+        (DriverKind::Reflink, "xfs", "noatime"),
     ] {
         let Some(mounted) = Mounted::new(test, kind, file_system, options) else {
             continue;
