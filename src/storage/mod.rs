@@ -15,10 +15,12 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
+mod mirror;
 mod pool;
 mod usage;
 
 pub use detect::open;
+pub use mirror::{Estimate, Mirror, Round, Source, can_share, estimate};
 
 /// Reports work done: bytes so far, bytes in all. Called from several threads.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
@@ -185,6 +187,12 @@ pub enum StorageError {
     Exists { id: VolumeId, pool: PathBuf },
     #[error("volume {id} is not in {}", pool.display())]
     Missing { id: VolumeId, pool: PathBuf },
+    /// A copy is not what it should be.
+    #[error("{} is not as in the volume it was copied from: {what}", path.display())]
+    Unequal { path: PathBuf, what: &'static str },
+    /// Whoever asked said no more.
+    #[error("it was told to stop")]
+    Interrupted,
     #[error("{action} {}: {source}", path.display())]
     Io {
         action: &'static str,
@@ -206,7 +214,10 @@ impl StorageError {
                 path.display()
             )),
             Self::Denied { hint, .. } => Some(hint.clone()),
-            Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
+            Self::Unequal { .. } => Some("look for faults of the disk, then try again".into()),
+            Self::Exists { .. } | Self::Missing { .. } | Self::Interrupted | Self::Io { .. } => {
+                None
+            }
         }
     }
 

@@ -180,6 +180,18 @@ impl Pool {
     }
 }
 
+/// Free bytes of the file system that holds a folder, for messages.
+pub(super) fn free_bytes(folder: &Path) -> u64 {
+    statvfs(folder).map_or(0, |stat| {
+        #[expect(
+            clippy::useless_conversion,
+            reason = "the count has 32 bits on some systems"
+        )]
+        let blocks = u64::from(stat.blocks_available());
+        blocks.saturating_mul(u64::from(stat.fragment_size()))
+    })
+}
+
 /// Opens a folder, and no link to one.
 pub(super) fn open_folder(path: &Path) -> Result<File, StorageError> {
     use nix::fcntl::OFlag;

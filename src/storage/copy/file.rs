@@ -11,7 +11,7 @@ use super::super::usage::allocated_bytes;
 
 /// How a file came over, with the bytes it has on disk.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Copied {
+pub(in crate::storage) enum Copied {
     Shared(u64),
     Written(u64),
     /// The source is gone.
@@ -20,9 +20,9 @@ pub(super) enum Copied {
 
 /// The file that is to be copied and the one that is to be made.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pair<'a> {
-    pub(super) from: &'a Path,
-    pub(super) to: &'a Path,
+pub(in crate::storage) struct Pair<'a> {
+    pub(in crate::storage) from: &'a Path,
+    pub(in crate::storage) to: &'a Path,
 }
 
 /// Bytes copied by one call; progress is told after each.
@@ -32,7 +32,11 @@ const STEP: u64 = 8 << 20;
 ///
 /// The source may change meanwhile: the copy is then of the length it had when it
 /// was opened or less, its content as torn as any reader's. `step` gets the bytes done.
-pub(super) fn copy(pair: Pair<'_>, share: bool, step: &dyn Fn(u64)) -> io::Result<Copied> {
+pub(in crate::storage) fn copy(
+    pair: Pair<'_>,
+    share: bool,
+    step: &dyn Fn(u64),
+) -> io::Result<Copied> {
     let from = match open_regular(pair.from) {
         Ok(from) => from,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Copied::Vanished),
@@ -70,7 +74,7 @@ pub(super) fn copy(pair: Pair<'_>, share: bool, step: &dyn Fn(u64)) -> io::Resul
 }
 
 /// Opens for reading, and nothing but a regular file.
-pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+pub(in crate::storage) fn open_regular(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags((nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK).bits())
@@ -86,7 +90,7 @@ pub(super) fn open_regular(path: &Path) -> io::Result<File> {
 }
 
 /// Gives a copy the mode, times and owner of its source.
-pub(super) fn keep_attributes(to: &File, meta: &Metadata) -> io::Result<()> {
+pub(in crate::storage) fn keep_attributes(to: &File, meta: &Metadata) -> io::Result<()> {
     // Before the mode: changing the owner clears setuid bits (chown(2)).
     keep_owner(to, meta)?;
     to.set_permissions(Permissions::from_mode(meta.mode() & 0o7777))?;
@@ -134,7 +138,11 @@ fn copy_data(from: &File, to: &File, len: u64, holes: bool, step: &dyn Fn(u64)) 
 
 /// Where the next data lies in `at..len`; none if only holes are left (lseek(2)).
 #[cfg(target_os = "linux")]
-fn next_data(from: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+pub(in crate::storage) fn next_data(
+    from: &File,
+    at: u64,
+    len: u64,
+) -> io::Result<Option<(u64, u64)>> {
     use nix::errno::Errno;
     use nix::unistd::{Whence, lseek};
     let seek = |at: u64, whence| {
@@ -162,7 +170,11 @@ fn next_data(from: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
     clippy::unnecessary_wraps,
     reason = "the same signature on every system"
 )]
-fn next_data(_from: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+pub(in crate::storage) fn next_data(
+    _from: &File,
+    at: u64,
+    len: u64,
+) -> io::Result<Option<(u64, u64)>> {
     Ok(Some((at, len)))
 }
 

@@ -26,14 +26,14 @@ use super::{
 use crate::fsx;
 use crate::types::VolumeId;
 
-mod file;
-mod tree;
+pub(super) mod file;
+pub(super) mod tree;
 
 /// The files that probing makes end so.
-const PROBE: &str = ".probe";
+pub(super) const PROBE: &str = ".probe";
 
 /// What must stay free after a full copy: postgres that finds a full disk stops.
-const MARGIN_BYTES: u64 = 64 << 20;
+pub(super) const MARGIN_BYTES: u64 = 64 << 20;
 
 /// Up to this length a file is read whole when it is caught up with.
 const SMALL_BYTES: u64 = 64 << 10;
@@ -405,13 +405,13 @@ fn with_ending(path: &Path, ending: &str) -> PathBuf {
 
 /// Makes all below `folder` durable: one call instead of one a file (syncfs(2)).
 #[cfg(target_os = "linux")]
-fn sync(folder: &Path) -> io::Result<()> {
+pub(super) fn sync(folder: &Path) -> io::Result<()> {
     Ok(nix::unistd::syncfs(File::open(folder)?)?)
 }
 
 /// Makes all below `folder` durable.
 #[cfg(not(target_os = "linux"))]
-fn sync(folder: &Path) -> io::Result<()> {
+pub(super) fn sync(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         match entry.file_type()? {

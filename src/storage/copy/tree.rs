@@ -9,18 +9,22 @@ use super::super::{Omit, StorageError, usage::allocated_bytes};
 /// What lies below a folder. Paths are relative to the volume; a folder comes
 /// before what is in it.
 #[derive(Debug, Default)]
-pub(super) struct Tree {
-    pub(super) folders: Vec<(PathBuf, Metadata)>,
-    pub(super) files: Vec<(PathBuf, Metadata)>,
-    pub(super) links: Vec<(PathBuf, Metadata)>,
+pub(in crate::storage) struct Tree {
+    pub(in crate::storage) folders: Vec<(PathBuf, Metadata)>,
+    pub(in crate::storage) files: Vec<(PathBuf, Metadata)>,
+    pub(in crate::storage) links: Vec<(PathBuf, Metadata)>,
     /// Sum of the files' sizes as allocated.
-    pub(super) bytes: u64,
+    pub(in crate::storage) bytes: u64,
 }
 
 impl Tree {
     /// Walks the folder `start` of `volume`. What vanishes meanwhile is passed
     /// over, and so are sockets and pipes: they mean nothing in a copy.
-    pub(super) fn read(volume: &Path, start: &Path, omit: Omit) -> Result<Self, StorageError> {
+    pub(in crate::storage) fn read(
+        volume: &Path,
+        start: &Path,
+        omit: Omit,
+    ) -> Result<Self, StorageError> {
         let mut tree = Self::default();
         let top = volume.join(start);
         let meta = fs::symlink_metadata(&top).map_err(StorageError::io("read", &top))?;
