@@ -286,7 +286,8 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     fn list(&self) -> Result<Vec<VolumeId>, StorageError>;
 
     /// Removes what interrupted calls left half made or half destroyed, and says
-    /// how many that were. Only while no other call is under way in this pool.
+    /// how many that were. Removes nothing while any call is under way in this pool, of
+    /// this process or another one's.
     fn sweep(&self) -> Result<usize, StorageError>;
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError>;

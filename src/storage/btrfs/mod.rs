@@ -50,6 +50,7 @@ impl Btrfs {
             let name = pool::file_system_name(driver.pool.path());
             return Err(unsupported(format!("the file system is {name}")));
         }
+        let _in_use = driver.pool.in_use()?;
         driver.probe().map_err(|e| unsupported(e.to_string()))?;
         Ok(driver)
     }
@@ -177,6 +178,7 @@ impl StorageDriver for Btrfs {
     }
 
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.pool.must_be_free(id)?;
         self.create(OsStr::new(id.as_str()))
     }
@@ -209,6 +211,7 @@ impl StorageDriver for Btrfs {
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.remove(OsStr::new(id.as_str()))?;
         self.remove(OsStr::new(&format!("{id}{DOOMED}")))
     }
@@ -218,6 +221,9 @@ impl StorageDriver for Btrfs {
     }
 
     fn sweep(&self) -> Result<usize, StorageError> {
+        let Some(_alone) = self.pool.alone()? else {
+            return Ok(0);
+        };
         let mut left = self.pool.remains()?;
         left.extend(
             self.pool

@@ -261,6 +261,7 @@ impl StorageDriver for Copy {
     }
 
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.pool.must_be_free(id)?;
         let path = self.volume_path(id);
         DirBuilder::new()
@@ -282,6 +283,7 @@ impl StorageDriver for Copy {
         omit: Omit,
         progress: Progress<'_>,
     ) -> Result<CloneMethod, StorageError> {
+        let _in_use = self.pool.in_use()?;
         let source = self.pool.must_exist(from)?;
         self.pool.must_be_free(to)?;
         let tree = Tree::read(&source, Path::new(""), omit)?;
@@ -332,6 +334,7 @@ impl StorageDriver for Copy {
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let _in_use = self.pool.in_use()?;
         let path = self.volume_path(id);
         let doomed = with_ending(&path, DOOMED);
         if self.pool.existing(id.as_str().as_ref())?.is_some() {
@@ -348,6 +351,9 @@ impl StorageDriver for Copy {
     }
 
     fn sweep(&self) -> Result<usize, StorageError> {
+        let Some(_alone) = self.pool.alone()? else {
+            return Ok(0);
+        };
         let left = self.pool.remains()?;
         left.iter().try_for_each(|name| self.remove(name))?;
         Ok(left.len())
@@ -513,6 +519,19 @@ mod tests {
         assert_eq!(driver.sweep().unwrap(), 2);
         assert_eq!(driver.sweep().unwrap(), 0);
         assert!(folder.path().join("mine.backup").exists());
+    }
+
+    #[test]
+    fn a_sweep_leaves_all_while_anybody_uses_the_pool() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ours, theirs) = (driver(folder.path()), driver(folder.path()));
+        fs::create_dir(folder.path().join("abc.partial")).unwrap();
+        let (one, other) = (theirs.pool.in_use().unwrap(), ours.pool.in_use().unwrap());
+        drop(other);
+        assert_eq!(ours.sweep().unwrap(), 0);
+        assert!(folder.path().join("abc.partial").exists());
+        drop(one);
+        assert_eq!(ours.sweep().unwrap(), 1);
     }
 
     #[test]
