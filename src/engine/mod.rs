@@ -19,10 +19,12 @@ mod delete;
 mod doctor;
 mod error;
 mod follow;
+mod forget;
 mod instances;
 mod parent;
 mod project;
 mod recover;
+mod relocate;
 mod root;
 mod view;
 
@@ -44,12 +46,13 @@ pub use follow::{Followed, Switched, Target, Urge};
 pub use instances::{InstanceState, Lease, Served};
 pub use project::Registered;
 pub use recover::Reconciled;
+pub use relocate::{MoveRequest, Moved, MovedBranch};
 pub use root::InitRequest;
 pub use view::{BranchView, Credentials, PoolView, UsageView};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
-use crate::registry::{BranchRecord, ProjectRecord, Registry, ServerRecord};
+use crate::registry::{BranchRecord, Place, ProjectRecord, Registry, ServerRecord};
 use crate::runtime::{Docker, Native, Runtime, Server, server_for};
 use crate::storage::{self, StorageDriver};
 use crate::types::{BranchId, Owner, Password, ProjectId};
@@ -149,6 +152,8 @@ struct Inner {
     registering: tokio::sync::Mutex<()>,
     /// Admits one change of a project's place at a time.
     moving: Mutex<()>,
+    /// Admits one move of volumes to another pool at a time.
+    relocating: Arc<tokio::sync::Mutex<()>>,
     /// Set when the daemon is about to end: nothing is started any more.
     closing: AtomicBool,
     tasks: TaskTracker,
@@ -174,6 +179,7 @@ impl Engine {
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
+            relocating: Arc::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))
@@ -240,23 +246,35 @@ impl Engine {
 
     /// The driver of a branch's volume.
     async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
-        let kind = branch
-            .driver
-            .parse()
-            .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
-        // Where the pool's file system is not mounted, an empty folder may stand in its place, and a
-        // driver would take every volume for gone.
-        if !(branch.pool.join(POOL_MARK).exists()
-            || branch.pool.join(branch.volume.as_str()).exists())
-        {
+        let place = branch.place();
+        if !is_pool_there(&place) {
             return Err(EngineError::refused(format!(
                 "the pool {} of branch `{}` is not there",
-                branch.pool.display(),
+                place.pool.display(),
                 branch.name
+            ))
+            .hint(format!(
+                "mount its file system again, then dbranch sync; if that disk is lost for good: dbranch forget {}",
+                branch.name
+            )));
+        }
+        self.driver_at(&place).await
+    }
+
+    /// The driver of a volume, whoever's it is.
+    async fn driver_at(&self, place: &Place) -> Result<Arc<dyn StorageDriver>> {
+        if !is_pool_there(place) {
+            return Err(EngineError::refused(format!(
+                "the pool {} is not there",
+                place.pool.display()
             ))
             .hint("mount its file system again, then dbranch sync"));
         }
-        self.open_pool(storage::Choice::Driver(kind), &branch.pool)
+        let kind = place
+            .driver
+            .parse()
+            .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
+        self.open_pool(storage::Choice::Driver(kind), &place.pool)
             .await
     }
 
@@ -341,6 +359,12 @@ impl Engine {
             Err(e) => Err(EngineError::io("read", &file, &e)),
         }
     }
+}
+
+/// Where a pool's file system is not mounted, an empty folder may stand in its place, and a
+/// driver would take every volume for gone.
+fn is_pool_there(place: &Place) -> bool {
+    place.pool.join(POOL_MARK).exists() || place.pool.join(place.volume.as_str()).exists()
 }
 
 /// The file that tells a pool from the empty folder it is mounted on.

@@ -51,6 +51,11 @@ impl Engine {
             let branches = self.0.registry.branches(&project.id)?;
             join_all(branches.iter().map(|branch| self.take_up(branch))).await;
         }
+        // Nobody waits for it, and removing a large volume takes its time.
+        let engine = self.clone();
+        self.0
+            .tasks
+            .spawn(async move { engine.finish_moves().await });
         Ok(())
     }
 
@@ -191,6 +196,9 @@ impl Engine {
             found.actions.extend(say(&followed));
             found.notes.extend(followed.notes);
         }
+        if !dry_run {
+            found.actions.extend(self.finish_moves().await);
+        }
         let live = self.live_branches(&project)?;
         for branch in &live {
             if !git::branch_exists(&location.common_dir, &branch.name)?
@@ -266,6 +274,13 @@ impl Engine {
                     .map(|b| b.volume),
             );
         }
+        known.extend(
+            self.0
+                .registry
+                .moves()?
+                .into_iter()
+                .map(|m| m.remove.volume),
+        );
         let mut notes = Vec::new();
         let mut pools = HashSet::new();
         for branch in self.0.registry.branches(&project.id)? {

@@ -2,7 +2,7 @@
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 26] = [
+const COMMANDS: [&str; 28] = [
     "init",
     "init-postgres",
     "start",
@@ -17,9 +17,11 @@ const COMMANDS: [&str; 26] = [
     "usage",
     "delete",
     "undelete",
+    "forget",
     "delete-project",
     "stop",
     "resume",
+    "storage",
     "sync",
     "url",
     "env",
