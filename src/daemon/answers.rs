@@ -58,7 +58,11 @@ pub(super) async fn details(
         storage: record.driver.clone(),
         runtime: record.server.runtime.clone(),
         url: credentials.url(),
-        volume: engine.volume(record).await?,
+        // A branch whose pool is gone can be looked at too.
+        volume: engine
+            .volume(record)
+            .await
+            .unwrap_or_else(|_| record.pool.join(record.volume.as_str())),
         backend: match engine.backend(record) {
             BackendAddress::Unix { dir, port } => Backend::Unix { unix: dir, port },
             BackendAddress::Tcp { host, port } => Backend::Tcp { tcp: host, port },

@@ -4,6 +4,7 @@ mod damage;
 mod delete;
 mod demo;
 mod load;
+mod lost;
 mod moving;
 mod projects;
 mod room;

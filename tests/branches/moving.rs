@@ -39,6 +39,8 @@ fn family(server: Server, storage: Storage) -> Option<TestEnv> {
     env.set_up();
     env.sql("create table t(v text); insert into t values ('main')");
     env.sql("create table big as select md5(i::text) as v from generate_series(1, 200000) i");
+    // Or whoever reads it first would write to each page.
+    env.sql("vacuum (freeze) big");
     for (name, parent) in [("a", "main"), ("b", "main"), ("aa", "a"), ("gone", "b")] {
         let _ = env.dbranch(&["create", name, "--from", parent]).ok();
         env.sql_on(name, &format!("insert into t values ('{name}')"));
@@ -115,18 +117,12 @@ fn there_and_back(server: Server) {
     for branch in moved["branches"].as_array().expect("an array") {
         let is_root = branch["name"] == "main";
         assert_eq!(branch["shares_with"].is_null(), is_root, "{branch}");
-        let (all, new) = (
-            bytes(branch, "logical_bytes"),
-            bytes(branch, "written_bytes"),
-        );
-        // Each has a log of its own, whose files may be as large as the rest here.
-        assert!(is_root || new < all * 3 / 4, "{branch}");
     }
-    // `big` and the catalogs are shared still.
-    for name in ["a", "aa"] {
+    // Each has a log of its own, but `big` (13 MB) and the catalogs (22 MB) they still share.
+    for name in ["a", "b", "aa"] {
         let show = env.show(name);
-        let own = bytes(&show, "exclusive_bytes");
-        assert!(own < bytes(&show, "logical_bytes") / 2, "{name}: {own}");
+        let shared = bytes(&show, "logical_bytes") - bytes(&show, "exclusive_bytes");
+        assert!(shared > 25_000_000, "{name}: {show}");
     }
     let _ = env.dbranch(&["undelete", "gone"]).ok();
     assert_eq!(env.sql_on("gone", ALL_ROWS), "b,gone,main");
@@ -213,12 +209,13 @@ fn a_target_that_can_not_be_used_is_refused_and_nothing_is_moved() {
     let _ = move_to(&env, &file.join("pool"), "copy").fails(1, &["nothing was moved", "--to"]);
     let _ = move_to(&env, &plain_pool(&env), "btrfs").fails(1, &["nothing was moved", "btrfs"]);
     let _ = move_to(&env, &plain_pool(&env), "floppy").fails(2, &["floppy"]);
-    let pids = env.path("elsewhere/read-only");
     if need_root().is_some() {
-        fs::create_dir(&pids).expect("ours");
-        mount(&pids, "size=1m,ro");
-        let _ = move_to(&env, &pids.join("pool"), "copy").fails(1, &["nothing was moved"]);
-        unmount(&pids);
+        let read_only = env.path("elsewhere/read-only");
+        fs::create_dir(&read_only).expect("ours");
+        mount(&read_only, "size=1m,ro");
+        let pool = read_only.join("pool");
+        let _ = move_to(&env, &pool, "copy").fails(1, &["nothing was moved", "Read-only"]);
+        unmount(&read_only);
     }
     assert_eq!(env.volumes(), volumes);
     assert_eq!(env.state("main"), "running");
@@ -362,7 +359,6 @@ fn a_branch_under_load_is_moved_with_every_transaction_it_confirmed() {
     assert!(found >= confirmed, "{found} of {confirmed}");
     assert_eq!(env.sql(SUMS), "t");
     assert_eq!(env.sql_on("child", SUMS), "t");
-    let _ = env.run("pg_amcheck", &["--version"]).ok();
 }
 
 #[test]
@@ -404,7 +400,6 @@ fn a_branch_whose_pool_is_gone_keeps_no_other_from_moving() {
     };
     let (plain, other) = (plain_pool(&env), env.path("other"));
     let _ = move_to(&env, &plain, "copy").ok();
-    // `b` alone goes back: it is all that is not in the other pool.
     for name in ["main", "a", "aa"] {
         let _ = env.dbranch(&["stop", name]).ok();
     }
@@ -423,83 +418,65 @@ fn a_branch_whose_pool_is_gone_keeps_no_other_from_moving() {
     assert_eq!((volumes_in(&plain), volumes_in(&other)), (0, 5));
 }
 
-/// A daemon that dies at that step of moving `a`, its parent having been moved before.
-fn killed_at(step: &str, to_btrfs: bool) {
-    let storage = if to_btrfs {
-        Storage::Copy
-    } else {
-        Storage::Btrfs
-    };
+/// `main` and its child `a`, with rows of their own, after moves in which the daemon died at each
+/// of `steps`: each time they are first where the step leaves them, then where they shall be.
+fn killed_at(steps: &[&str]) {
     let Some(mut env) = TestEnv::with(Server::Native, Storage::Btrfs) else {
         return;
     };
-    let btrfs = env.pool();
-    let plain = plain_pool(&env);
-    let (from, to, driver) = match storage {
-        Storage::Copy => (plain, btrfs, "btrfs"),
-        Storage::Btrfs => (btrfs, plain, "copy"),
-    };
-    env.set("DBRANCH_POOL", &from);
-    env.set("DBRANCH_STORAGE", storage.name());
     env.set_up();
-    env.sql("create table t as select 7 as v");
+    env.sql("create table t as select 1 as v");
     let _ = env.dbranch(&["create", "a", "--from", "main"]).ok();
-    let _ = env.dbranch(&["stop", "a"]).ok();
-    env.sql_on("a", "insert into t values (8)");
+    env.sql_on("a", "insert into t values (1)");
     let url = env.url_of("a");
+    let (mut from, mut to) = ((env.pool(), "btrfs"), (plain_pool(&env), "copy"));
+    let mut rows = 2;
+    for step in steps {
+        let _ = env.dbranch(&["shutdown"]).ok();
+        env.set("DBRANCH_TEST_CRASH_AT", step);
+        let _ = env.dbranch(&["start", "--detach"]).ok();
+        let pid = env.daemon_pid();
+        env.unset("DBRANCH_TEST_CRASH_AT");
+        let out = move_to(&env, &to.0, to.1);
+        assert_ne!(out.code, Some(0), "`{step}` was never reached: {out}");
+        assert!(out.stderr.contains("hint: "), "{out}");
+        wait_until(LIMIT, "the daemon is gone", || {
+            !crate::support::is_alive(pid)
+        });
 
-    let _ = env.dbranch(&["shutdown"]).ok();
-    env.set("DBRANCH_TEST_CRASH_AT", step);
-    let _ = env.dbranch(&["start", "--detach"]).ok();
-    let pid = env.daemon_pid();
-    env.unset("DBRANCH_TEST_CRASH_AT");
-    let out = move_to(&env, &to, driver);
-    assert_ne!(out.code, Some(0), "`{step}` was never reached: {out}");
-    assert!(out.stderr.contains("hint: "), "{out}");
-    wait_until(LIMIT, "the daemon is gone", || {
-        !crate::support::is_alive(pid)
-    });
+        let _ = env.dbranch(&["start", "--detach"]).ok();
+        wait_until(LIMIT, "what the move left is removed", || {
+            volumes_in(&from.0) + volumes_in(&to.0) == 2
+        });
+        let count = "select count(*) from t";
+        assert_eq!(env.psql(&url, count).text(), rows.to_string(), "{step}");
+        assert_eq!(env.sql(count), "1", "{step}");
+        env.sql_on("a", "insert into t values (1)");
+        rows += 1;
 
-    let _ = env.dbranch(&["start", "--detach"]).ok();
-    wait_until(LIMIT, "what the move left is removed", || {
-        volumes_in(&from) + volumes_in(&to) == 2
-    });
-    assert_eq!(
-        env.psql(&url, "select sum(v) from t").text(),
-        "15",
-        "{step}"
-    );
-    assert_eq!(env.sql("select v from t"), "7", "{step}");
-    env.sql_on("a", "insert into t values (9)");
-
-    let _ = move_to(&env, &to, driver).ok();
-    assert_eq!((volumes_in(&from), volumes_in(&to)), (0, 2), "{step}");
-    assert_eq!(
-        env.psql(&url, "select sum(v) from t").text(),
-        "24",
-        "{step}"
-    );
-    assert_eq!(env.show("a")["storage"], driver);
-    let doctor = env.dbranch(&["sync"]).ok();
-    assert!(!doctor.stderr.contains("no branch knows"), "{doctor}");
+        let _ = move_to(&env, &to.0, to.1).ok();
+        let volumes = (volumes_in(&from.0), volumes_in(&to.0));
+        assert_eq!(volumes, (0, 2), "{step}");
+        assert_eq!(env.psql(&url, count).text(), rows.to_string(), "{step}");
+        assert_eq!(env.show("a")["storage"], to.1);
+        let sync = env.dbranch(&["sync"]).ok();
+        assert!(!sync.stderr.contains("no branch knows"), "{step}: {sync}");
+        std::mem::swap(&mut from, &mut to);
+    }
 }
 
 #[test]
 fn a_move_that_is_killed_before_the_turn_is_taken_back() {
-    for step in [
+    killed_at(&[
         "move:intent",
         "move:volume",
         "move:copied",
         "move:stopped",
         "move:verified",
-    ] {
-        killed_at(step, true);
-    }
+    ]);
 }
 
 #[test]
 fn a_move_that_is_killed_after_the_turn_is_finished() {
-    for step in ["move:turned", "move:started", "move:removed"] {
-        killed_at(step, false);
-    }
+    killed_at(&["move:turned", "move:started", "move:removed"]);
 }

@@ -17,8 +17,12 @@ use crate::types::{BranchName, VolumeId};
 
 /// Rounds while the branch runs. Each brings over what was written during the one before.
 const ROUNDS: usize = 4;
-/// What a branch may stand still for, rather than that another round is made.
+/// A round that was quicker, and wrote less, is the last one while the branch runs: what was
+/// written meanwhile comes over while it stands still.
+const QUICK: Duration = Duration::from_secs(2);
 const SMALL_BYTES: u64 = 16 << 20;
+/// After a round that took so long, there is much in memory again.
+const LONG: Duration = Duration::from_secs(10);
 /// How long a checkpoint may take that only makes the stop shorter.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -118,26 +122,29 @@ impl Mover {
             base,
             ..Carried::default()
         };
+        // What is in memory comes over with the rest, and old log needs not.
+        self.checkpoint(branch).await;
         // Without the branch's turn: it goes on, and may be stopped, started, cloned and deleted.
         let done_before = self.done_bytes.load(Ordering::Relaxed);
-        let mut round;
-        (mirror, round) = self.round(mirror, Source::InUse, Some(what)).await?;
-        carried.bytes = self.done_bytes.load(Ordering::Relaxed) - done_before;
-        carried.written_bytes += round.written_bytes;
-        crash_point("move:copied");
-        for n in 1..ROUNDS {
-            if !self.engine.slot(&branch.id).is_running() {
-                break;
-            }
-            if n == 1 {
-                // What it had in memory comes over before it is stopped.
-                self.checkpoint(branch).await;
-            } else if round.written_bytes < SMALL_BYTES {
-                break;
-            }
-            (mirror, round) = self.round(mirror, Source::InUse, None).await?;
+        for n in 0..ROUNDS {
+            let begun = Instant::now();
+            let round;
+            (mirror, round) = self
+                .round(mirror, Source::InUse, (n == 0).then_some(what))
+                .await?;
             carried.written_bytes += round.written_bytes;
+            crash_point("move:copied");
+            let took = begun.elapsed();
+            if !self.engine.slot(&branch.id).is_running()
+                || (took < QUICK && round.written_bytes < SMALL_BYTES)
+            {
+                break;
+            }
+            if took > LONG {
+                self.checkpoint(branch).await;
+            }
         }
+        carried.bytes = self.done_bytes.load(Ordering::Relaxed) - done_before;
         let slot = self.engine.slot(&branch.id);
         let mut live = slot.turn().await;
         let old = branch.place();

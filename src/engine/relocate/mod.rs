@@ -119,7 +119,7 @@ impl Engine {
                 turn.lock_owned().await
             }
         };
-        let target = self.target(request).await?;
+        let (target, is_new) = self.target(request).await?;
         let mover = Mover {
             engine: self.clone(),
             project,
@@ -129,7 +129,12 @@ impl Engine {
             total_bytes: Arc::default(),
         };
         if request.dry_run {
-            return Ok(mover.plan().await?.into_answer(&mover, true));
+            let plan = mover.plan().await;
+            if is_new {
+                // Without a trace. A folder that has something in it stays.
+                let _ = std::fs::remove_dir(mover.target.pool());
+            }
+            return Ok(plan?.into_answer(&mover, true));
         }
         for action in self.finish_moves_in_turn().await {
             mover.to.notice(action);
@@ -146,8 +151,8 @@ impl Engine {
         mover.run(plan).await
     }
 
-    /// Opens the pool to move to.
-    async fn target(&self, request: &MoveRequest) -> Result<Arc<dyn StorageDriver>> {
+    /// Opens the pool to move to; true if its folder was made for that.
+    async fn target(&self, request: &MoveRequest) -> Result<(Arc<dyn StorageDriver>, bool)> {
         // As the settings are by now, not as they were at the daemon's start.
         let machine = Machine::load(&self.0.paths)?;
         let word = request.driver.as_ref().unwrap_or(&machine.storage.value);
@@ -159,26 +164,23 @@ impl Engine {
             .clone()
             .or(machine.pool.value)
             .unwrap_or_else(|| self.0.paths.default_pool().to_owned());
+        let is_new = !pool.exists();
         let opened = if request.dry_run {
-            // Without a trace: a folder that wasn't there is not kept, nor its driver.
-            let (existed, path, owner) = (pool.exists(), pool.clone(), self.0.owner);
-            blocking(move || {
-                let driver = storage::open(choice, &path, owner);
-                if !existed {
-                    let _ = std::fs::remove_dir(&path);
-                }
-                Ok(driver?)
-            })
-            .await
+            // Not kept: its folder may go again.
+            let owner = self.0.owner;
+            blocking(move || Ok(storage::open(choice, &pool, owner)?)).await
         } else {
             self.open_pool(choice, &pool).await
         };
-        opened.map_err(|mut e| {
-            e.message = format!("nothing was moved: {}", e.message);
-            e.hint
-                .get_or_insert_with(|| "name another folder with --to DIR".into());
-            e
-        })
+        match opened {
+            Ok(driver) => Ok((driver, is_new)),
+            Err(mut e) => {
+                e.message = format!("nothing was moved: {}", e.message);
+                e.hint
+                    .get_or_insert_with(|| "name another folder with --to DIR".into());
+                Err(e)
+            }
+        }
     }
 
     /// Removes the volumes that moves which were cut short have left, and says which.

@@ -673,4 +673,38 @@ mod tests {
             assert_eq!(fs::read(entry.path()).unwrap(), fs::read(there).unwrap());
         }
     }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_clone_goes_on_sharing_what_the_source_has_too() {
+        use crate::storage::{Choice, DriverKind, open};
+        use crate::types::Owner;
+        let Some(btrfs) = std::env::var_os("DBRANCH_TEST_BTRFS") else {
+            return;
+        };
+        let pool = tempfile::tempdir_in(btrfs).unwrap();
+        let owner = Owner {
+            uid: Uid::effective().as_raw(),
+            gid: nix::unistd::Gid::effective().as_raw(),
+        };
+        let driver = open(Choice::Driver(DriverKind::Btrfs), pool.path(), owner).unwrap();
+        let (base, new) = (VolumeId::random(), VolumeId::random());
+        let common: Vec<u8> = (0..4_000_000u32).map(|i| (i % 251) as u8).collect();
+        fs::write(driver.create_volume(&base).unwrap().join("1"), &common).unwrap();
+        driver
+            .clone_volume(&base, &new, Omit::NOTHING, &|_, _| {})
+            .unwrap();
+        let source = tempfile::tempdir().unwrap();
+        let mut content = common;
+        content[1_000_000] ^= 1;
+        fs::write(source.path().join("1"), &content).unwrap();
+        let mut mirror = Mirror::new(source.path().into(), driver.volume_path(&new), false);
+        let round = mirror.round(Source::AtRest, QUIET, ALL).unwrap();
+        assert_eq!(round.written_bytes, diff::BLOCK as u64);
+        let usage = driver.usage(&new).unwrap();
+        assert!(usage.exclusive_bytes < 100_000, "{usage:?}");
+        for id in [base, new] {
+            driver.destroy(&id).unwrap();
+        }
+    }
 }
