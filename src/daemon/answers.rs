@@ -134,7 +134,10 @@ pub(super) fn moved(moved: engine::Moved) -> StorageMoved {
         left: moved
             .left
             .into_iter()
-            .map(|(name, why)| LeftBranch { name, why })
+            .map(|(branch, why)| LeftBranch {
+                name: branch.name,
+                why,
+            })
             .collect(),
         needed_bytes: moved.needed_bytes,
         free_bytes: moved.free_bytes,

@@ -188,29 +188,22 @@ impl Pool {
     }
 
     pub(super) fn space(&self) -> Result<Space, StorageError> {
-        let stat = statvfs(&self.path)
-            .map_err(|e| StorageError::io("read the free room of", &self.path)(e.into()))?;
-        #[expect(
-            clippy::useless_conversion,
-            reason = "the counts have 32 bits on some systems"
-        )]
-        let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
-        Ok(Space {
-            total_bytes: bytes(stat.blocks()),
-            free_bytes: bytes(stat.blocks_available()),
-        })
+        space_of(&self.path)
     }
 }
 
-/// Free bytes of the file system that holds a folder, for messages.
-pub(super) fn free_bytes(folder: &Path) -> u64 {
-    statvfs(folder).map_or(0, |stat| {
-        #[expect(
-            clippy::useless_conversion,
-            reason = "the count has 32 bits on some systems"
-        )]
-        let blocks = u64::from(stat.blocks_available());
-        blocks.saturating_mul(u64::from(stat.fragment_size()))
+/// Room in the file system that holds a folder.
+pub(super) fn space_of(folder: &Path) -> Result<Space, StorageError> {
+    let stat =
+        statvfs(folder).map_err(|e| StorageError::io("read the free room of", folder)(e.into()))?;
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the counts have 32 bits on some systems"
+    )]
+    let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
+    Ok(Space {
+        total_bytes: bytes(stat.blocks()),
+        free_bytes: bytes(stat.blocks_available()),
     })
 }
 

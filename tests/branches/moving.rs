@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::Value;
 
 use crate::support::process::Output;
-use crate::support::{LIMIT, Server, Storage, TestEnv, need_root, wait_until};
+use crate::support::{LIMIT, Server, Storage, TestEnv, edit_config, need_root, wait_until};
 
 /// A pool beside the environment's own, on the file system of the tests.
 fn plain_pool(env: &TestEnv) -> PathBuf {
@@ -217,6 +217,9 @@ fn a_target_that_can_not_be_used_is_refused_and_nothing_is_moved() {
         let _ = move_to(&env, &pool, "copy").fails(1, &["nothing was moved", "Read-only"]);
         unmount(&read_only);
     }
+    let inside = volumes[0].join("pool");
+    let _ = move_to(&env, &inside, "copy").fails(1, &["lies in the data of branch `main`"]);
+    fs::remove_dir(&inside).expect("empty");
     assert_eq!(env.volumes(), volumes);
     assert_eq!(env.state("main"), "running");
     assert_eq!(env.sql("select v from t"), "7");
@@ -286,6 +289,27 @@ fn a_target_without_room_is_refused_before_and_survived_when_it_fills_up() {
     let _ = move_to(&env, &env.pool(), "copy").ok();
     family_is_whole(&env, "copy");
     unmount(&small);
+}
+
+#[test]
+fn a_branch_that_does_not_start_in_its_new_place_is_turned_back() {
+    let Some(env) = TestEnv::ready() else { return };
+    env.sql("create table t as select 7 as v");
+    let (before, plain) = (env.show("main"), plain_pool(&env));
+    edit_config(&env.repo(), |c| {
+        c["postgres"]["settings"]["shared_buffers"] = "a lot".into();
+    });
+    let failed = move_to(&env, &plain, "copy");
+    let _ = failed.fails(1, &["`main` was not moved", "did not start", "0 of 1"]);
+    assert_eq!((env.volumes().len(), volumes_in(&plain)), (1, 0));
+    assert_eq!(env.show("main")["volume"], before["volume"]);
+    edit_config(&env.repo(), |c| {
+        c["postgres"]["settings"]["shared_buffers"] = "16MB".into();
+    });
+    assert_eq!(env.sql("select v from t"), "7");
+    let _ = move_to(&env, &plain, "copy").ok();
+    assert_eq!((env.volumes().len(), volumes_in(&plain)), (0, 1));
+    assert_eq!(env.sql("select v from t"), "7");
 }
 
 /// pgbench keeps four sums equal in every transaction.

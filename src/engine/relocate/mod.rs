@@ -19,7 +19,7 @@ mod branch;
 mod plan;
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -32,7 +32,7 @@ use crate::config::Machine;
 use crate::git::Location;
 use crate::registry::{BranchRecord, Place, ProjectRecord, Stage};
 use crate::storage::{self, Choice, StorageDriver};
-use crate::types::{BranchName, Invalid};
+use crate::types::{BranchId, BranchName, Invalid, VolumeId};
 
 /// Where to. What is `None` comes from the machine's settings as they are now.
 #[derive(Debug, Clone, Default)]
@@ -52,7 +52,7 @@ pub struct Moved {
     pub driver: String,
     pub branches: Vec<MovedBranch>,
     /// Branches that could not be reached, and why.
-    pub left: Vec<(BranchName, String)>,
+    pub left: Vec<(BranchRecord, String)>,
     /// Room that the move is likely to take, and what was free before it.
     pub needed_bytes: u64,
     pub free_bytes: u64,
@@ -109,14 +109,12 @@ impl Engine {
     ) -> Result<Moved> {
         let turn = self.0.relocating.clone();
         let _turn = match turn.clone().try_lock_owned() {
-            Ok(turn) => turn,
-            Err(_) if request.dry_run => {
-                return Err(EngineError::refused("branches are being moved already")
-                    .hint("dbranch storage move waits for that and then moves the rest"));
-            }
+            Ok(turn) => Some(turn),
+            // Looking disturbs nobody.
+            Err(_) if request.dry_run => None,
             Err(_) => {
                 to.notice("branches are being moved already: waiting for that");
-                turn.lock_owned().await
+                Some(turn.lock_owned().await)
             }
         };
         let (target, is_new) = self.target(request).await?;
@@ -139,6 +137,7 @@ impl Engine {
         for action in self.finish_moves_in_turn().await {
             mover.to.notice(action);
         }
+        self.refuse_to_move_into_a_volume(mover.target.pool())?;
         let plan = mover.plan().await?;
         plan.must_fit(&mover)?;
         if plan.branches.is_empty() {
@@ -181,6 +180,23 @@ impl Engine {
                 Err(e)
             }
         }
+    }
+
+    /// What lies in a volume goes with it.
+    fn refuse_to_move_into_a_volume(&self, pool: &Path) -> Result<()> {
+        for project in self.0.registry.projects()? {
+            for branch in self.0.registry.branches(&project.id)? {
+                if pool.starts_with(branch.pool.join(branch.volume.as_str())) {
+                    return Err(EngineError::refused(format!(
+                        "nothing was moved: {} lies in the data of branch `{}`",
+                        pool.display(),
+                        branch.name
+                    ))
+                    .hint("name another folder with --to DIR"));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Removes the volumes that moves which were cut short have left, and says which.
@@ -231,7 +247,7 @@ impl Engine {
 
 impl Mover {
     /// Where a volume of the target would lie.
-    fn place(&self, volume: crate::types::VolumeId) -> Place {
+    fn place(&self, volume: VolumeId) -> Place {
         Place {
             volume,
             driver: self.target.kind().to_string(),
@@ -247,12 +263,7 @@ impl Mover {
     async fn run(&self, plan: Plan) -> Result<Moved> {
         let all = plan.branches.len();
         let mut answer = plan.into_answer(self, false);
-        let mut tried: HashSet<_> = self
-            .branches()?
-            .into_iter()
-            .filter(|b| answer.left.iter().any(|(name, _)| *name == b.name))
-            .map(|b| b.id)
-            .collect();
+        let mut tried: HashSet<_> = answer.left.iter().map(|(b, _)| b.id.clone()).collect();
         answer.branches.clear();
         while let Some(branch) = self.next(&tried)? {
             if branch.stage != Stage::Ready {
@@ -298,7 +309,7 @@ impl Mover {
     }
 
     /// The oldest branch that is not there yet: parents are older than their children.
-    fn next(&self, tried: &HashSet<crate::types::BranchId>) -> Result<Option<BranchRecord>> {
+    fn next(&self, tried: &HashSet<BranchId>) -> Result<Option<BranchRecord>> {
         Ok(self
             .branches()?
             .into_iter()

@@ -18,7 +18,7 @@ const MARGIN_BYTES: u64 = 64 << 20;
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) branches: Vec<Planned>,
-    left: Vec<(BranchName, String)>,
+    left: Vec<(BranchRecord, String)>,
     free_bytes: u64,
 }
 
@@ -44,7 +44,7 @@ impl Mover {
             }
             match self.look_at(branch, &all).await {
                 Ok(planned) => plan.branches.push(planned),
-                Err(e) => plan.left.push((branch.name.clone(), e.message)),
+                Err(e) => plan.left.push((branch.clone(), e.message)),
             }
         }
         let total = plan.branches.iter().map(|p| p.estimate.all_bytes).sum();

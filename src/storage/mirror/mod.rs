@@ -414,7 +414,7 @@ impl Mirror {
                 StorageError::NoRoom {
                     path: pool.to_owned(),
                     needed_bytes: copy::MARGIN_BYTES,
-                    free_bytes: pool::free_bytes(pool),
+                    free_bytes: pool::space_of(pool).map_or(0, |s| s.free_bytes),
                 }
             }
             ErrorKind::PermissionDenied => StorageError::Denied {

@@ -21,7 +21,8 @@ Examples:
 /// All branches go, those in the trash too. A branch that runs is copied while it runs, then stands
 /// still for a moment, as with `dbranch stop`; its connections wait or come back by themselves.
 /// Where the target can clone, branches go on sharing what they have in common. Names,
-/// ports, URLs and parents stay. A move that was broken off is taken up by the same command.
+/// ports, URLs and parents stay. The daemon goes on when this command is interrupted; a move that
+/// was broken off is taken up by the same command.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
