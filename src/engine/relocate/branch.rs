@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::plan::shares_with;
 use super::{MovedBranch, Mover};
@@ -188,10 +188,13 @@ impl Mover {
         let registry = &self.engine.0.registry;
         let old = branch.place();
         crash_point("move:stopped");
+        let begun = Instant::now();
         let (_, round) = self.round(mirror, Source::AtRest, None).await?;
         crash_point("move:verified");
         registry.turn_move(&branch.id, &old, new)?;
         crash_point("move:turned");
+        debug!(branch = %branch.name, files = round.files, bytes = round.written_bytes,
+            ms = begun.elapsed().as_millis(), "brought the last difference over");
         if !ran || self.engine.is_closing() {
             return Ok(round);
         }

@@ -14,17 +14,22 @@ const BLOCK_BYTES: u64 = BLOCK as u64;
 /// What is read in one piece.
 const CHUNK: usize = 1 << 20;
 
-/// Makes `to` like `from` and says how many bytes that took. `step` gets the bytes looked at.
+/// Makes `to` like `from` and says which parts that took. `step` gets the bytes looked at.
+/// All other parts were compared and found equal, if nobody changed `from` meanwhile.
 ///
 /// Parts that were never written in `from` become such parts in `to`. What has data
 /// in `from` gets data in `to`, even zeros: postgres counts on room that it has filled.
-pub(super) fn bring_over(from: &File, to: &File, step: &dyn Fn(u64)) -> io::Result<u64> {
+pub(super) fn bring_over(
+    from: &File,
+    to: &File,
+    step: &dyn Fn(u64),
+) -> io::Result<Vec<Range<u64>>> {
     let len = from.metadata()?.len();
     if to.metadata()?.len() != len {
         to.set_len(len)?;
     }
     let (mut ours, mut theirs) = (vec![0; CHUNK], vec![0; CHUNK]);
-    let (mut at, mut written) = (0, 0);
+    let (mut at, mut written) = (0, Vec::new());
     while at < len {
         let (start, end) = next_data(from, at, len)?.unwrap_or((len, len));
         clear(to, at..start)?;
@@ -41,13 +46,14 @@ pub(super) fn bring_over(from: &File, to: &File, step: &dyn Fn(u64)) -> io::Resu
             let next = at + found as u64;
             if next_data(to, at, next)?.is_none() {
                 to.write_all_at(ours, at)?;
-                written += found as u64;
+                written.push(at..next);
             } else {
                 let there = read_at(to, theirs, at)?;
                 theirs[there..].fill(0);
                 for range in differing(ours, theirs, at) {
-                    to.write_all_at(&ours[range.clone()], at + range.start as u64)?;
-                    written += range.len() as u64;
+                    let start = at + range.start as u64;
+                    written.push(start..start + range.len() as u64);
+                    to.write_all_at(&ours[range], start)?;
                 }
             }
             step(found as u64);
@@ -57,20 +63,22 @@ pub(super) fn bring_over(from: &File, to: &File, step: &dyn Fn(u64)) -> io::Resu
     Ok(written)
 }
 
-/// Whether two files have the same bytes.
-pub(super) fn are_equal(one: &File, other: &File) -> io::Result<bool> {
+/// Whether two files have the same bytes in some parts.
+pub(super) fn are_equal_in(one: &File, other: &File, parts: &[Range<u64>]) -> io::Result<bool> {
     let (mut ours, mut theirs) = (vec![0; CHUNK], vec![0; CHUNK]);
-    let mut at = 0;
-    loop {
-        let found = read_at(one, &mut ours, at)?;
-        if read_at(other, &mut theirs, at)? != found || ours[..found] != theirs[..found] {
-            return Ok(false);
+    for part in parts {
+        let mut at = part.start;
+        while at < part.end {
+            let wanted = usize::try_from(part.end - at).map_or(CHUNK, |left| left.min(CHUNK));
+            let found = read_at(one, &mut ours[..wanted], at)?;
+            let there = read_at(other, &mut theirs[..wanted], at)?;
+            if found != wanted || there != wanted || ours[..wanted] != theirs[..wanted] {
+                return Ok(false);
+            }
+            at += wanted as u64;
         }
-        if found == 0 {
-            return Ok(true);
-        }
-        at += found as u64;
     }
+    Ok(true)
 }
 
 /// Reads until the buffer is full or the file ends.
@@ -168,6 +176,20 @@ mod tests {
         bytes.take(len).collect()
     }
 
+    /// Brings over, and says how many bytes were written.
+    fn bring(from: &File, to: &File) -> u64 {
+        let parts = bring_over(from, to, &|_| {}).unwrap();
+        assert!(are_equal_in(from, to, &parts).unwrap());
+        parts.iter().map(|part| part.end - part.start).sum()
+    }
+
+    fn are_equal(one: &File, other: &File) -> bool {
+        let len = one.metadata().unwrap().len();
+        #[expect(clippy::single_range_in_vec_init, reason = "one part: all of it")]
+        let all = [0..len];
+        len == other.metadata().unwrap().len() && are_equal_in(one, other, &all).unwrap()
+    }
+
     #[test]
     fn only_the_blocks_that_differ_are_written() {
         let mut content = pattern(3 << 20, 1);
@@ -176,9 +198,9 @@ mod tests {
         content[BLOCK * 4 + 5] ^= 1;
         content[BLOCK * 200] ^= 1;
         let from = file(&content);
-        assert_eq!(bring_over(&from, &to, &|_| {}).unwrap(), 3 * BLOCK_BYTES);
-        assert!(are_equal(&from, &to).unwrap());
-        assert_eq!(bring_over(&from, &to, &|_| {}).unwrap(), 0);
+        assert_eq!(bring(&from, &to), 3 * BLOCK_BYTES);
+        assert!(are_equal(&from, &to));
+        assert_eq!(bring(&from, &to), 0);
     }
 
     #[test]
@@ -186,20 +208,22 @@ mod tests {
         let (long, short) = (pattern(1_000_003, 2), pattern(12_345, 2));
         let to = file(&long);
         let from = file(&short);
-        assert_eq!(bring_over(&from, &to, &|_| {}).unwrap(), 0);
+        assert_eq!(bring(&from, &to), 0);
         assert_eq!(to.metadata().unwrap().len(), 12_345);
         let from = file(&long);
-        assert!(bring_over(&from, &to, &|_| {}).unwrap() >= 1_000_003 - 12_345);
-        assert!(are_equal(&from, &to).unwrap());
-        bring_over(&file(b""), &to, &|_| {}).unwrap();
+        assert!(bring(&from, &to) >= 1_000_003 - 12_345);
+        assert!(are_equal(&from, &to));
+        bring(&file(b""), &to);
         assert_eq!(to.metadata().unwrap().len(), 0);
     }
 
     #[test]
-    fn two_files_of_which_one_goes_on_are_not_equal() {
-        assert!(!are_equal(&file(b"abc"), &file(b"abcd")).unwrap());
-        assert!(!are_equal(&file(b"abcd"), &file(b"abc")).unwrap());
-        assert!(are_equal(&file(b""), &file(b"")).unwrap());
+    fn parts_are_equal_only_where_both_files_have_them() {
+        #[expect(clippy::single_range_in_vec_init, reason = "one part")]
+        let part = [0..4];
+        let equal = |one, other| are_equal_in(&file(one), &file(other), &part).unwrap();
+        assert!(equal(b"abcd", b"abcde"));
+        assert!(!equal(b"abcd", b"abc") && !equal(b"abc", b"abc") && !equal(b"abcd", b"abce"));
     }
 
     #[cfg(target_os = "linux")]
@@ -210,14 +234,14 @@ mod tests {
         from.write_all_at(&vec![0; 1 << 20], 4 << 20).unwrap();
         from.sync_all().unwrap();
         let to = file(&pattern(8 << 20, 4));
-        bring_over(&from, &to, &|_| {}).unwrap();
+        bring(&from, &to);
         to.sync_all().unwrap();
-        assert!(are_equal(&from, &to).unwrap());
+        assert!(are_equal(&from, &to));
         let bytes = |f: &File| allocated_bytes(&f.metadata().unwrap());
         assert!(bytes(&to) < 2 << 20, "{}", bytes(&to));
         // Into an empty file too: what postgres has filled with zeros is room it counts on.
         let to = file(b"");
-        bring_over(&from, &to, &|_| {}).unwrap();
+        bring(&from, &to);
         to.sync_all().unwrap();
         assert!(bytes(&to) >= 1 << 20, "{}", bytes(&to));
     }

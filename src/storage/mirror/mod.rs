@@ -4,7 +4,7 @@
 //!   round(InUse)    the source is read while its server writes: what comes over may be torn
 //!   round(InUse)    again, only what changed since: the difference gets small
 //!   (the server is stopped)
-//!   round(AtRest)   what changed since, then both are compared: they are equal, and on disk
+//!   round(AtRest)   what changed since; then they are equal, which is verified, and on disk
 //! ```
 //!
 //! The target may be empty, or a clone of something alike: it then goes on sharing
@@ -24,9 +24,10 @@ mod estimate;
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -185,11 +186,11 @@ impl Mirror {
         }
         copy::sync(&self.to).map_err(|e| self.failed("sync", &self.to, e))?;
         if source == Source::AtRest {
-            self.verify(&ours, &touched.names)?;
+            self.verify(&ours, &touched.files)?;
         }
         Ok(Round {
             written_bytes: touched.written_bytes,
-            files: touched.names.len(),
+            files: touched.files.len(),
         })
     }
 
@@ -241,9 +242,8 @@ impl Mirror {
         go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<Touched, StorageError> {
         let next = AtomicUsize::new(0);
-        let written = AtomicU64::new(0);
         let failure = OnceLock::new();
-        let seen_now = Mutex::new(Vec::new());
+        let all_brought = Mutex::new(Vec::new());
         let this = &*self;
         let work = || {
             while failure.get().is_none() {
@@ -259,10 +259,9 @@ impl Mirror {
                     return;
                 }
                 match this.bring_file(name, step) {
-                    Ok(Some((seen, bytes))) => {
-                        written.fetch_add(bytes, Ordering::Relaxed);
-                        let mut all = seen_now.lock().unwrap_or_else(PoisonError::into_inner);
-                        all.push((name.clone(), seen));
+                    Ok(Some(brought)) => {
+                        let mut all = all_brought.lock().unwrap_or_else(PoisonError::into_inner);
+                        all.push((name.clone(), brought));
                     }
                     Ok(None) if source == Source::InUse => {}
                     Ok(None) => {
@@ -284,16 +283,14 @@ impl Mirror {
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
-        let mut touched = Touched {
-            written_bytes: written.into_inner(),
-            names: Vec::new(),
-        };
-        for (name, seen) in seen_now
+        let mut touched = Touched::default();
+        let all_brought = all_brought
             .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
-            touched.names.push(name.clone());
-            self.seen.insert(name, seen);
+            .unwrap_or_else(PoisonError::into_inner);
+        for (name, brought) in all_brought {
+            touched.written_bytes += brought.written_bytes;
+            touched.files.push((name.clone(), brought.parts));
+            self.seen.insert(name, brought.seen);
         }
         Ok(touched)
     }
@@ -306,12 +303,8 @@ impl Mirror {
             .is_some_and(|seen| seen.settled && seen.signature == now.signature)
     }
 
-    /// Brings one file over; says how it was and how many bytes that took, or nothing if it is gone.
-    fn bring_file(
-        &self,
-        name: &Path,
-        step: &dyn Fn(u64),
-    ) -> Result<Option<(Seen, u64)>, StorageError> {
+    /// Brings one file over; nothing if it is gone.
+    fn bring_file(&self, name: &Path, step: &dyn Fn(u64)) -> Result<Option<Brought>, StorageError> {
         let (path, to_path) = (self.from.join(name), self.to.join(name));
         let from = match file::open_regular(&path) {
             Ok(from) => from,
@@ -328,10 +321,11 @@ impl Mirror {
             .write(true)
             .custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits())
             .open(&to_path);
-        let written = match to {
-            Ok(to) if !self.shares => diff::bring_over(&from, &to, step).and_then(|written| {
+        let brought = match to {
+            Ok(to) if !self.shares => diff::bring_over(&from, &to, step).and_then(|parts| {
                 file::keep_attributes(&to, &meta)?;
-                Ok(Some(written))
+                let written_bytes = parts.iter().map(|part| part.end - part.start).sum();
+                Ok(Some((written_bytes, parts)))
             }),
             Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
             found => found
@@ -341,20 +335,32 @@ impl Mirror {
                         from: &path,
                         to: &to_path,
                     };
+                    let all = Range {
+                        start: 0,
+                        end: meta.len(),
+                    };
                     Ok(match file::copy(pair, true, step)? {
-                        Copied::Shared(_) => Some(0),
-                        Copied::Written(bytes) => Some(bytes),
+                        Copied::Shared(_) => Some((0, vec![all])),
+                        Copied::Written(bytes) => Some((bytes, vec![all])),
                         Copied::Vanished => None,
                     })
                 }),
         };
-        let written = written.map_err(|e| self.failed("copy", &path, e))?;
-        Ok(written.map(|bytes| (seen, bytes)))
+        let brought = brought.map_err(|e| self.failed("copy", &path, e))?;
+        Ok(brought.map(|(written_bytes, parts)| Brought {
+            seen,
+            written_bytes,
+            parts,
+        }))
     }
 
     /// Compares the volumes: names, kinds, lengths, modes, owners and times of all there is, and
-    /// every byte of the files that the last round touched.
-    fn verify(&self, ours: &Tree, touched: &[PathBuf]) -> Result<(), StorageError> {
+    /// what the last round wrote; what it looked at and did not write, it found equal.
+    fn verify(
+        &self,
+        ours: &Tree,
+        touched: &[(PathBuf, Vec<Range<u64>>)],
+    ) -> Result<(), StorageError> {
         let theirs = Tree::read(&self.to, Path::new(""), Omit::NOTHING)?;
         let unequal = |name: &Path, what: &'static str| StorageError::Unequal {
             path: self.to.join(name),
@@ -394,11 +400,11 @@ impl Mirror {
         if let Some(name) = there.into_keys().next() {
             return Err(unequal(name, "there is no such file in the source"));
         }
-        for name in touched {
+        for (name, parts) in touched {
             let open = |root: &Path| {
                 File::open(root.join(name)).map_err(|e| self.failed("open", &root.join(name), e))
             };
-            let equal = diff::are_equal(&open(&self.from)?, &open(&self.to)?)
+            let equal = diff::are_equal_in(&open(&self.from)?, &open(&self.to)?, parts)
                 .map_err(|e| self.failed("read", &self.to.join(name), e))?;
             if !equal {
                 return Err(unequal(name, "its content differs"));
@@ -427,10 +433,19 @@ impl Mirror {
     }
 }
 
-/// The files that a round looked into.
+/// A file that came over.
+struct Brought {
+    seen: Seen,
+    written_bytes: u64,
+    /// What of it was not compared but written, or shared.
+    parts: Vec<Range<u64>>,
+}
+
+/// The files that a round looked into, and what of them it wrote.
+#[derive(Default)]
 struct Touched {
     written_bytes: u64,
-    names: Vec<PathBuf>,
+    files: Vec<(PathBuf, Vec<Range<u64>>)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
