@@ -24,7 +24,7 @@ pub struct Estimate {
 
 /// Estimates how much of the volume in `from` the one in `base` has not got, at the same
 /// place of a file of the same name. A file with the base's length and time of
-/// change is taken for the same; of others [`SAMPLES`] blocks are compared. Good
+/// change is taken for the same; of others 64 blocks are compared. Good
 /// enough to see whether room will do, and for nothing else.
 pub fn estimate(from: &Path, base: Option<&Path>) -> Result<Estimate, StorageError> {
     let tree = Tree::read(from, Path::new(""), Omit::NOTHING)?;
