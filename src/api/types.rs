@@ -310,7 +310,11 @@ pub struct StatusInfo {
     pub branch: Option<BranchName>,
     /// What git has checked out here; none when detached.
     pub git_branch: Option<String>,
+    /// Where this worktree's connections go.
     pub proxy_port: u16,
+    /// The linked worktree that was asked from; none in the main one.
+    #[serde(default)]
+    pub worktree: Option<PathBuf>,
     pub daemon: DaemonRef,
     pub state: Option<BranchState>,
     pub branches: usize,
@@ -331,7 +335,11 @@ pub struct DaemonRef {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageInfo {
     pub branches: Vec<BranchUsage>,
+    pub total: UsageTotal,
+    pub trash: TrashUsage,
     pub pool: PoolUsage,
+    /// What keeps the numbers from being exact.
+    pub notes: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -339,10 +347,56 @@ pub struct BranchUsage {
     pub name: BranchName,
     /// All files of the branch, shared or not.
     pub logical_bytes: u64,
-    /// What only this branch holds: what destroying it would free.
+    /// Data that only this branch has.
     pub exclusive_bytes: u64,
+    /// What others hold too, on disk.
+    pub shared_bytes: u64,
+    /// What destroying it would free: more than `exclusive_bytes` where the file system keeps all
+    /// of an extent while a part of it is used.
+    pub freed_by_delete_bytes: u64,
+    /// The most first. Null where the file system doesn't tell.
+    pub shared_with: Option<Vec<SharedWith>>,
+    /// How many more there are than `shared_with` lists.
+    pub shared_with_more: usize,
     /// In the trash.
     pub trashed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedWith {
+    pub name: String,
+    pub kind: SharerKind,
+    /// On disk.
+    pub bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SharerKind {
+    Branch,
+    /// A branch in the trash.
+    Trash,
+    /// No branch of this project.
+    Other,
+}
+
+/// All branches together, those in the trash too. Null where the file system doesn't tell.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsageTotal {
+    /// What they would take if they shared nothing.
+    pub logical_bytes: u64,
+    pub exclusive_bytes: u64,
+    /// What at least two hold, counted once.
+    pub shared_bytes: Option<u64>,
+    /// What destroying all of them would free.
+    pub freed_by_delete_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrashUsage {
+    pub branches: usize,
+    /// What destroying all of them would free. Null where the file system doesn't tell.
+    pub freed_by_delete_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod complete;
 mod context;
+mod grid;
 mod render;
 mod report;
 mod ui;

@@ -138,6 +138,22 @@ impl Ui {
         paint(self.color_out, tone, text)
     }
 
+    /// [`Ui::paint`], but nothing stays nothing.
+    pub(super) fn paint_some(self, tone: Tone, text: &str) -> String {
+        if text.is_empty() {
+            String::new()
+        } else {
+            self.paint(tone, text)
+        }
+    }
+
+    /// How many characters a line of the answer has room for; none where nobody counts.
+    #[expect(clippy::unused_self, reason = "a question of this terminal")]
+    pub(super) fn width(self) -> Option<usize> {
+        let (width, _) = terminal_size::terminal_size_of(io::stdout())?;
+        Some(usize::from(width.0)).filter(|width| *width > 0)
+    }
+
     fn paint_err(self, tone: Tone, text: &str) -> String {
         paint(self.color_err, tone, text)
     }

@@ -38,6 +38,9 @@ pub struct ProjectConfig {
     pub postgres: PostgresConfig,
     #[serde(default)]
     pub git: GitConfig,
+    /// Whether the main port shows a client the branch of the linked worktree it works in.
+    #[serde(default = "default_route_by_process")]
+    pub route_by_process: bool,
     /// How long an open transaction may hold back a switch.
     #[serde(
         default = "default_switch_grace",
@@ -134,7 +137,11 @@ fn default_port_min() -> u16 {
 }
 
 fn default_port_max() -> u16 {
-    15999
+    17499
+}
+
+fn default_route_by_process() -> bool {
+    true
 }
 
 fn default_switch_grace() -> Duration {
@@ -152,6 +159,7 @@ impl ProjectConfig {
             port_max: default_port_max(),
             postgres: PostgresConfig::default(),
             git: GitConfig::default(),
+            route_by_process: default_route_by_process(),
             switch_grace: default_switch_grace(),
             commands: Commands::default(),
         }

@@ -49,7 +49,7 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(
         "port_max",
-        "the last of the branches' own ports, port_min to 65535 (default 15999)",
+        "the last of the branches' own ports, port_min to 65535 (default 17499)",
     ),
     key(
         "postgres.version",
@@ -94,6 +94,10 @@ pub(super) const KEYS: &[Key] = &[
     key(
         "git.detached_head",
         "\"stay\": on a detached HEAD the database stays on the last branch",
+    ),
+    key(
+        "route_by_process",
+        "true or false: whether a program that runs in a linked worktree reaches that worktree's branch on the main port too (default true)",
     ),
     key(
         "switch_grace",

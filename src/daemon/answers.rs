@@ -4,12 +4,12 @@ use std::time::SystemTime;
 
 use crate::api::types::{
     Backend, BranchDetails, BranchInfo, BranchState, BranchUsage, Created, Deleted, Finding,
-    Forgotten, LeftBranch, Level, MovedBranch, PoolUsage, StorageMoved, Switched, UrlInfo,
-    UsageInfo,
+    Forgotten, LeftBranch, Level, MovedBranch, PoolUsage, SharedWith, SharerKind, StorageMoved,
+    Switched, TrashUsage, UrlInfo, UsageInfo, UsageTotal,
 };
 use crate::engine::{
-    self, BranchView, Credentials, DeletedBranch, Engine, EngineError, InstanceState, PoolView,
-    UsageView,
+    self, BranchView, Credentials, DeletedBranch, Engine, EngineError, InstanceState, Sharer,
+    UsageReport, UsageView,
 };
 use crate::git::Location;
 use crate::registry::{BranchRecord, Stage};
@@ -152,30 +152,63 @@ pub(super) fn forgotten(branch: BranchRecord) -> Forgotten {
     }
 }
 
-pub(super) fn usage(
-    (branches, pool): (Vec<UsageView>, Option<PoolView>),
-) -> Result<UsageInfo, EngineError> {
-    let pool = pool.ok_or_else(|| {
+/// So many sharers are named at most for each branch: a thousand branches of one parent all share
+/// with each other.
+const SHARERS: usize = 100;
+
+pub(super) fn usage(report: UsageReport) -> Result<UsageInfo, EngineError> {
+    let pool = report.pool.ok_or_else(|| {
         EngineError::refused("this project has no database branch yet")
             .hint("dbranch init-postgres")
     })?;
+    let total = report.total;
     Ok(UsageInfo {
-        branches: branches
-            .into_iter()
-            .map(|b| BranchUsage {
-                name: b.name,
-                logical_bytes: b.usage.logical_bytes,
-                exclusive_bytes: b.usage.exclusive_bytes,
-                trashed: b.trashed,
-            })
-            .collect(),
+        trash: TrashUsage {
+            branches: report.branches.iter().filter(|b| b.trashed).count(),
+            freed_by_delete_bytes: total.trash_freed_bytes,
+        },
+        branches: report.branches.into_iter().map(branch_usage).collect(),
+        total: UsageTotal {
+            logical_bytes: total.logical_bytes,
+            exclusive_bytes: total.exclusive_bytes,
+            shared_bytes: total.shared_bytes,
+            freed_by_delete_bytes: total.freed_bytes,
+        },
         pool: PoolUsage {
             driver: pool.driver,
             path: pool.path,
             total_bytes: pool.total_bytes,
             free_bytes: pool.free_bytes,
         },
+        notes: report.notes,
     })
+}
+
+fn branch_usage(branch: UsageView) -> BranchUsage {
+    let sharers = branch.shared_with.as_ref().map_or(0, Vec::len);
+    let shared_with = branch.shared_with.map(|with| {
+        with.into_iter()
+            .take(SHARERS)
+            .map(|(sharer, bytes)| {
+                let (kind, name) = match sharer {
+                    Sharer::Branch(name) => (SharerKind::Branch, name.to_string()),
+                    Sharer::Trashed(name) => (SharerKind::Trash, name.to_string()),
+                    Sharer::Other(name) => (SharerKind::Other, name),
+                };
+                SharedWith { name, kind, bytes }
+            })
+            .collect()
+    });
+    BranchUsage {
+        name: branch.name,
+        logical_bytes: branch.logical_bytes,
+        exclusive_bytes: branch.exclusive_bytes,
+        shared_bytes: branch.shared_bytes,
+        freed_by_delete_bytes: branch.freed_bytes,
+        shared_with,
+        shared_with_more: sharers.saturating_sub(SHARERS),
+        trashed: branch.trashed,
+    }
 }
 
 pub(super) fn url(credentials: &Credentials, branch: Option<BranchRecord>) -> UrlInfo {

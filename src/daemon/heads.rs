@@ -1,6 +1,6 @@
-//! Watches the HEAD of every project's main worktree, for what hooks miss.
+//! Watches the HEAD of every worktree of every project, for what hooks miss.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
@@ -21,10 +21,11 @@ pub(super) struct Heads {
 impl Heads {
     pub(super) fn new(engine: Engine) -> Result<Self, GitError> {
         let (watch, events) = Watch::new()?;
-        let task = tokio::spawn(follow(engine.clone(), events));
+        let watch = Arc::new(watch);
+        let task = tokio::spawn(follow(engine.clone(), Arc::clone(&watch), events));
         Ok(Self {
             engine,
-            watch: Arc::new(watch),
+            watch,
             task: Arc::new(task),
         })
     }
@@ -35,18 +36,13 @@ impl Heads {
         }
     }
 
+    /// Watches a repository and all its worktrees.
     pub(super) fn watch(&self, common_dir: &Path) {
-        match self.watch.add(common_dir) {
-            Ok(Method::Events) => {}
-            Ok(Method::Polling { reason }) => {
-                info!(git_dir = %common_dir.display(), "HEAD is looked at every two seconds: {reason}");
-            }
-            Err(e) => warn!(git_dir = %common_dir.display(), "HEAD is not watched: {e}"),
-        }
+        watch_all_of(&self.watch, common_dir);
     }
 
     pub(super) fn forget(&self, common_dir: &Path) {
-        self.watch.remove(common_dir);
+        self.watch.remove_below(common_dir);
     }
 
     pub(super) fn stop(&self) {
@@ -54,35 +50,58 @@ impl Heads {
     }
 }
 
-/// Events are hints: what HEAD is now is asked of git.
-async fn follow(engine: Engine, mut events: mpsc::Receiver<WatchEvent>) {
-    while let Some(event) = events.recv().await {
-        match event.change {
-            Change::Head => {}
-            Change::Gone => {
-                info!(git_dir = %event.git_dir.display(), "the repository is gone from there; its databases stay");
-                continue;
+fn watch_all_of(watch: &Watch, common_dir: &Path) {
+    let worktrees = crate::git::worktrees(common_dir).unwrap_or_default();
+    let linked = worktrees
+        .into_iter()
+        .filter(Location::is_linked_worktree)
+        .map(|w| w.git_dir);
+    for git_dir in std::iter::once(common_dir.to_owned()).chain(linked) {
+        match watch.add(&git_dir) {
+            Ok(Method::Events) => {}
+            Ok(Method::Polling { reason }) => {
+                info!(git_dir = %git_dir.display(), "HEAD is looked at every two seconds: {reason}");
             }
-            Change::Branches | Change::Worktrees => continue,
+            Err(e) => warn!(git_dir = %git_dir.display(), "HEAD is not watched: {e}"),
         }
-        let location = match Location::from_common_dir(&event.git_dir) {
-            Ok(location) => location,
-            Err(e) => {
-                warn!(git_dir = %event.git_dir.display(), "{e}");
-                continue;
-            }
-        };
-        // Beside the loop, so that a long copy for one project keeps no other waiting.
-        let engine = engine.clone();
-        tokio::spawn(async move {
-            match engine.follow(&location, Urge::Hint, Reporter::log()).await {
-                Ok(followed) => {
-                    for note in followed.notes {
-                        info!(git_dir = %event.git_dir.display(), "{note}");
+    }
+}
+
+/// Events are hints: what HEAD is now is asked of git. What follows from one is done beside the
+/// loop, so that a long copy for one project keeps no other waiting.
+async fn follow(engine: Engine, watch: Arc<Watch>, mut events: mpsc::Receiver<WatchEvent>) {
+    while let Some(WatchEvent { git_dir, change }) = events.recv().await {
+        match change {
+            Change::Head => drop(tokio::spawn(follow_head(engine.clone(), git_dir))),
+            Change::Worktrees => {
+                // Before they are followed, so that no change falls between.
+                watch_all_of(&watch, &git_dir);
+                let engine = engine.clone();
+                tokio::spawn(async move {
+                    if let Err(e) = engine.follow_worktrees(&git_dir).await {
+                        warn!(git_dir = %git_dir.display(), "follow worktrees: {e}");
                     }
-                }
-                Err(e) => warn!(git_dir = %event.git_dir.display(), "follow HEAD: {e}"),
+                });
             }
-        });
+            Change::Gone => {
+                info!(git_dir = %git_dir.display(), "it is gone from there; its databases stay");
+            }
+            Change::Branches => {}
+        }
+    }
+}
+
+async fn follow_head(engine: Engine, git_dir: PathBuf) {
+    let location = match Location::from_git_dir(&git_dir) {
+        Ok(location) => location,
+        Err(e) => return warn!(git_dir = %git_dir.display(), "{e}"),
+    };
+    match engine.follow(&location, Urge::Hint, Reporter::log()).await {
+        Ok(followed) => {
+            for note in followed.notes {
+                info!(git_dir = %git_dir.display(), "{note}");
+            }
+        }
+        Err(e) => warn!(git_dir = %git_dir.display(), "follow HEAD: {e}"),
     }
 }

@@ -5,13 +5,16 @@ use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::engine::{EndpointKey, Engine, EngineError, Ports};
-use crate::proxy::{Listener, Proxy, ProxySettings, Route, RouteError, Router, Startup};
+use crate::proxy::{
+    ClientFolders, Listener, Proxy, ProxySettings, Route, RouteError, Router, Startup,
+};
 use crate::types::{BranchId, BranchName};
 
 /// SQLSTATE for a branch that can't serve now: `cannot_connect_now`.
@@ -24,6 +27,7 @@ const NO_BRANCH: &str = "3D000";
 pub(super) struct ProxyPorts {
     proxy: Proxy,
     engine: OnceLock<Engine>,
+    clients: Arc<ClientFolders>,
     open: Mutex<HashMap<EndpointKey, Open>>,
     /// Listeners told to end, by port: each has its port a moment longer.
     ending: Mutex<HashMap<u16, JoinHandle<()>>>,
@@ -43,6 +47,7 @@ impl ProxyPorts {
         Ok(Self {
             proxy: Proxy::start(&ProxySettings::default())?,
             engine: OnceLock::new(),
+            clients: Arc::default(),
             open: Mutex::default(),
             ending: Mutex::default(),
             stop,
@@ -79,6 +84,7 @@ impl ProxyPorts {
         let stop = self.stop.child_token();
         let router = Arc::new(EndpointRouter {
             engine,
+            clients: Arc::clone(&self.clients),
             key: key.clone(),
         });
         let task =
@@ -127,12 +133,17 @@ impl Ports for ProxyPorts {
 
 struct EndpointRouter {
     engine: Engine,
+    clients: Arc<ClientFolders>,
     key: EndpointKey,
 }
 
+/// Processor time that the look for a client's process may take.
+const PROCESS_LIMIT: Duration = Duration::from_millis(5);
+
 impl EndpointRouter {
-    async fn find(&self) -> Result<Route, RouteError> {
-        let active = self.engine.active(&self.key);
+    async fn find(&self, startup: &Startup) -> Result<Route, RouteError> {
+        let of_process = self.of_process(startup).await;
+        let active = self.engine.active(of_process.as_ref().unwrap_or(&self.key));
         let branch = active.borrow().clone().ok_or_else(nothing_shown)?;
         let lease = self.engine.lease(&branch);
         let served = self.engine.serve(&branch).await.map_err(|e| refusal(&e))?;
@@ -147,12 +158,28 @@ impl EndpointRouter {
     }
 }
 
+impl EndpointRouter {
+    /// The endpoint of the linked worktree that the client's process works in.
+    async fn of_process(&self, startup: &Startup) -> Option<EndpointKey> {
+        let ends = startup.ends?;
+        let (tops, keys): (Vec<_>, Vec<_>) =
+            self.engine.routed_by_process(&self.key).into_iter().unzip();
+        if keys.is_empty() {
+            return None;
+        }
+        let clients = Arc::clone(&self.clients);
+        let find = move || clients.folder_of(ends, &tops, PROCESS_LIMIT);
+        let found = tokio::task::spawn_blocking(find).await;
+        keys.into_iter().nth(found.ok()??)
+    }
+}
+
 impl Router for EndpointRouter {
     fn route<'a>(
         &'a self,
-        _startup: &'a Startup,
+        startup: &'a Startup,
     ) -> Pin<Box<dyn Future<Output = Result<Route, RouteError>> + Send + 'a>> {
-        Box::pin(self.find())
+        Box::pin(self.find(startup))
     }
 
     fn branch_name(&self, branch: &BranchId) -> Option<BranchName> {

@@ -320,7 +320,8 @@ impl Requests {
         Ok(StatusInfo {
             branch: shown.as_ref().map(|b| b.name.clone()),
             git_branch: Engine::git_branch(at).map(Into::into),
-            proxy_port: project.proxy_port,
+            proxy_port: self.engine.worktree_port(&project, at)?,
+            worktree: at.worktree.clone().filter(|_| at.is_linked_worktree()),
             daemon: DaemonRef {
                 pid: std::process::id(),
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -367,7 +368,7 @@ fn place(at: At) -> Location {
             worktree: at.worktree,
         };
     }
-    let main_worktree = Location::from_common_dir(&at.common_dir)
+    let main_worktree = Location::from_git_dir(&at.common_dir)
         .ok()
         .and_then(|main| main.worktree);
     Location {

@@ -206,6 +206,7 @@ impl Engine {
                 clone(Omit::NOTHING).await?
             }
             (true, Consistency::NeedsBackup) => {
+                self.room_for_clone(&driver, &parent).await?;
                 let admin = self.admin(&live, &parent).await?;
                 let mut backup = answered(&parent, admin.start_backup()).await?;
                 let method = clone(Omit(postgres::omit)).await?;
@@ -225,6 +226,17 @@ impl Engine {
             (false, _) => clone(Omit::NOTHING).await?,
         };
         Ok((method, child.clone()))
+    }
+
+    /// Refuses what won't fit before the parent is asked to begin a backup, which would itself fill
+    /// the disk: a server that can't write its log any more stops.
+    async fn room_for_clone(
+        &self,
+        driver: &Arc<dyn StorageDriver>,
+        parent: &BranchRecord,
+    ) -> Result<()> {
+        let (driver, from) = (driver.clone(), parent.volume.clone());
+        blocking(move || Ok(driver.must_have_room(&from, Omit(postgres::omit))?)).await
     }
 
     /// Spares the clone a long recovery. Without it the clone is right too, only slower to start.

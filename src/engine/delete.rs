@@ -59,10 +59,10 @@ impl Engine {
 
     fn refuse_if_used(&self, location: &Location, branch: &BranchRecord) -> Result<()> {
         let sessions = self.slot(&branch.id).sessions();
-        let why = if self.shown_anywhere(&branch.id) {
-            "it is the active one".to_owned()
-        } else if let Some(worktree) = linked_worktree_on(location, &branch.name) {
+        let why = if let Some(worktree) = linked_worktree_on(location, &branch.name) {
             format!("it is checked out in {}", worktree.display())
+        } else if self.shown_anywhere(&branch.id) {
+            "it is the active one".to_owned()
         } else if sessions > 0 {
             format!(
                 "it has {sessions} open {}",
@@ -137,8 +137,9 @@ impl Engine {
         // It may have been moved since.
         let current = self.0.registry.branch(&branch.id)?;
         let branch = current.as_ref().unwrap_or(branch);
-        // What can't be reached now is refused before anything changes.
-        self.driver(branch).await?;
+        // What can't be reached or destroyed now is refused before anything changes.
+        let (driver, volume) = (self.driver(branch).await?, branch.volume.clone());
+        blocking(move || Ok(driver.check_destroy(&volume)?)).await?;
         self.0.registry.set_stage(&branch.id, Stage::Deleting)?;
         crash_point("delete:intent");
         self.withdraw(branch);
@@ -264,7 +265,7 @@ impl Engine {
         self.0
             .registry
             .change_project(&project.id, |p| p.deleted_at = Some(SystemTime::now()))?;
-        self.0.ports.close(&Self::main_endpoint(project));
+        self.close_endpoints(project);
         let mut names = Vec::new();
         for branch in self.0.registry.branches(&project.id)? {
             if now {
@@ -277,7 +278,6 @@ impl Engine {
             names.push(branch.name);
         }
         self.0.registry.remove_endpoints(&project.id)?;
-        self.forget_endpoint(&Self::main_endpoint(project));
         self.remove_if_empty(&project.id)?;
         Self::unmark(&project.common_dir);
         info!(project = %project.name, "project deleted");

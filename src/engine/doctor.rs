@@ -117,7 +117,10 @@ impl Engine {
                 return Check::problem(
                     "storage",
                     e.to_string(),
-                    "set DBRANCH_STORAGE to auto, btrfs or copy",
+                    format!(
+                        "set DBRANCH_STORAGE to one of {}",
+                        crate::storage::Choice::names()
+                    ),
                 );
             }
         };

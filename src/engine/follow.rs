@@ -146,10 +146,7 @@ impl Engine {
         outcome
             .notes
             .extend(fault.map(|e| format!("{}: the config as it was before is used", e.message)));
-        let key = EndpointKey::Worktree {
-            project: project.id.clone(),
-            git_dir: location.git_dir.clone(),
-        };
+        let key = Self::endpoint_at(&project, location);
         let endpoint = self.endpoint(&key);
         let mut turn = endpoint.turn.lock().await;
 
@@ -213,12 +210,11 @@ impl Engine {
         };
         outcome.created = created;
         outcome.renamed = renamed;
-        if location.is_linked_worktree() {
-            // Its own endpoint is the branch's port; HEAD is remembered so that the watcher is not told twice.
-            self.remember_head(&key, record, seen.clone())?;
-        } else {
-            outcome.switched =
-                Some(self.show(&key, &endpoint, &branch, Some(seen.clone()), begun)?);
+        outcome.switched = Some(self.show(&key, &endpoint, &branch, Some(seen.clone()), begun)?);
+        if location.is_linked_worktree()
+            && let Err(e) = self.listen_for_worktree(&project, &location.git_dir).await
+        {
+            outcome.notes.push(e.message);
         }
         let note = self.run_commands(&project, location, &branch, &outcome);
         outcome.notes.extend(note);
@@ -317,13 +313,7 @@ impl Engine {
     ) -> Result<Followed> {
         let begun = Instant::now();
         let project = self.project_at(location)?;
-        if location.is_linked_worktree() {
-            return Err(EngineError::refused(
-                "a linked worktree shows the branch that it has checked out",
-            )
-            .hint("connect to another one by its own port: dbranch url NAME"));
-        }
-        let key = Self::main_endpoint(&project);
+        let key = Self::endpoint_at(&project, location);
         let record = self.endpoint_record(&key)?;
         let branch = match target {
             Target::Head => {
@@ -399,6 +389,7 @@ impl Engine {
             branch: Some(branch.id.clone()),
             previous,
             head: head.or_else(|| old.and_then(|r| r.head)),
+            port: None,
         })?;
         // Deleted meanwhile? Then this and the deletion's own look at the endpoints leave none that shows it.
         let current = self.0.registry.branch(&branch.id)?;
@@ -469,6 +460,7 @@ impl Engine {
             branch: None,
             previous: None,
             head: None,
+            port: None,
         });
         Ok(self.0.registry.put_endpoint(&EndpointRecord {
             head: Some(head),

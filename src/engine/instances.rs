@@ -235,6 +235,8 @@ impl Engine {
     ) -> Result<BackendAddress> {
         let begun = Instant::now();
         let project = self.project_of(branch)?;
+        let (driver, volume) = (self.driver(branch).await?, branch.volume.clone());
+        super::blocking(move || Ok(driver.make_reachable(&volume)?)).await?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
         Self::refuse_other_major(branch, &spec.data_dir)?;
         // Not while git waited for the clone: unlinking right after a snapshot may stall.

@@ -26,7 +26,9 @@ mod project;
 mod recover;
 mod relocate;
 mod root;
+mod usage;
 mod view;
+mod worktrees;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -48,7 +50,8 @@ pub use project::Registered;
 pub use recover::Reconciled;
 pub use relocate::{MoveRequest, Moved, MovedBranch};
 pub use root::InitRequest;
-pub use view::{BranchView, Credentials, PoolView, UsageView};
+pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
+pub use view::{BranchView, Credentials};
 
 use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
@@ -152,6 +155,8 @@ struct Inner {
     registering: tokio::sync::Mutex<()>,
     /// Admits one change of a project's place at a time.
     moving: Mutex<()>,
+    /// Admits one look at what volumes take at a time.
+    measuring: tokio::sync::Mutex<()>,
     /// Admits one move of volumes to another pool at a time.
     relocating: Arc<tokio::sync::Mutex<()>>,
     /// Set when the daemon is about to end: nothing is started any more.
@@ -179,6 +184,7 @@ impl Engine {
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
+            measuring: tokio::sync::Mutex::default(),
             relocating: Arc::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
@@ -248,13 +254,15 @@ impl Engine {
     async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
         let place = branch.place();
         if !is_pool_there(&place) {
+            let kind = kind_of(&place)?;
             return Err(EngineError::refused(format!(
                 "the pool {} of branch `{}` is not there",
                 place.pool.display(),
                 branch.name
             ))
             .hint(format!(
-                "mount its file system again, then dbranch sync; if that disk is lost for good: dbranch forget {}",
+                "{}, then dbranch sync; if that disk is lost for good: dbranch forget {}",
+                kind.how_to_mount(),
                 branch.name
             )));
         }
@@ -263,17 +271,14 @@ impl Engine {
 
     /// The driver of a volume, whoever's it is.
     async fn driver_at(&self, place: &Place) -> Result<Arc<dyn StorageDriver>> {
+        let kind = kind_of(place)?;
         if !is_pool_there(place) {
             return Err(EngineError::refused(format!(
                 "the pool {} is not there",
                 place.pool.display()
             ))
-            .hint("mount its file system again, then dbranch sync"));
+            .hint(format!("{}, then dbranch sync", kind.how_to_mount())));
         }
-        let kind = place
-            .driver
-            .parse()
-            .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
         self.open_pool(storage::Choice::Driver(kind), &place.pool)
             .await
     }
@@ -359,6 +364,14 @@ impl Engine {
             Err(e) => Err(EngineError::io("read", &file, &e)),
         }
     }
+}
+
+/// The driver that a record names.
+fn kind_of(place: &Place) -> Result<storage::DriverKind> {
+    place
+        .driver
+        .parse()
+        .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))
 }
 
 /// Where a pool's file system is not mounted, an empty folder may stand in its place, and a

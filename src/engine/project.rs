@@ -189,6 +189,9 @@ impl Engine {
     fn listen_soon(&self, project: &ProjectRecord) {
         let (engine, project) = (self.clone(), project.clone());
         self.0.tasks.spawn(async move {
+            if let Err(e) = engine.restore_endpoints(&project).await {
+                warn!(project = %project.name, "{e}");
+            }
             if let Err(e) = engine.listen(&project).await {
                 warn!(project = %project.name, "{e}");
             }
@@ -204,6 +207,7 @@ impl Engine {
             {
                 info!(project = %project.name, port = project.proxy_port, "the port was free again");
             }
+            self.listen_again_for_worktrees(&project).await;
             for branch in self.live_branches(&project).unwrap_or_default() {
                 let key = EndpointKey::Pinned(branch.id.clone());
                 if !self.0.ports.listens(&key, branch.port) {
@@ -241,8 +245,7 @@ impl Engine {
     }
 
     fn move_project(&self, project: &ProjectRecord, location: &Location) -> Result<ProjectRecord> {
-        let old_key = Self::main_endpoint(project);
-        let shown = self.endpoint_record(&old_key)?;
+        let endpoints = self.0.registry.endpoints(&project.id)?;
         let moved = self
             .0
             .registry
@@ -251,16 +254,17 @@ impl Engine {
             })?
             .ok_or(RegistryError::ProjectGone)?;
         self.0.registry.remove_endpoints(&moved.id)?;
-        let key = Self::main_endpoint(&moved);
-        if let Some(record) = shown {
-            self.restore_active(&key, record.branch.clone());
-            self.0.registry.put_endpoint(&EndpointRecord {
-                git_dir: moved.common_dir.clone(),
-                ..record
-            })?;
+        self.close_endpoints(project);
+        for record in endpoints {
+            // Those of linked worktrees lie in the common directory.
+            let Ok(within) = record.git_dir.strip_prefix(&project.common_dir) else {
+                continue;
+            };
+            let git_dir = moved.common_dir.join(within);
+            self.0
+                .registry
+                .put_endpoint(&EndpointRecord { git_dir, ..record })?;
         }
-        self.0.ports.close(&old_key);
-        self.forget_endpoint(&old_key);
         self.listen_soon(&moved);
         Ok(moved)
     }

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tracing::{info, warn};
 
 use super::follow::{Followed, Urge};
-use super::{EndpointKey, Engine, Reporter, Result, blocking};
+use super::{Engine, Reporter, Result, blocking};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::StopMode;
@@ -40,16 +40,20 @@ impl Engine {
                     .collect();
                 self.0.registry.set_trashed(&left, SystemTime::now())?;
             } else {
-                let key = Self::main_endpoint(&project);
-                if let Some(record) = self.endpoint_record(&key)? {
-                    self.restore_active(&key, record.branch);
-                }
+                self.restore_endpoints(&project).await?;
                 if let Err(e) = self.listen(&project).await {
                     warn!(project = %project.name, "{e}");
                 }
             }
             let branches = self.0.registry.branches(&project.id)?;
-            join_all(branches.iter().map(|branch| self.take_up(branch))).await;
+            let may_run = self.containers_of(&project, &branches).await;
+            join_all(branches.iter().map(|branch| {
+                let is_docker = branch.server.runtime == "docker";
+                let stopped =
+                    is_docker && may_run.as_ref().is_some_and(|m| !m.contains(&branch.id));
+                self.take_up(branch, stopped)
+            }))
+            .await;
         }
         // Nobody waits for it, and removing a large volume takes its time.
         let engine = self.clone();
@@ -87,10 +91,13 @@ impl Engine {
             if project.deleted_at.is_some() {
                 continue;
             }
-            match Location::from_common_dir(&project.common_dir) {
+            match Location::from_git_dir(&project.common_dir) {
                 Ok(location) => {
                     if let Err(e) = self.follow(&location, Urge::Hint, Reporter::log()).await {
                         warn!(project = %project.name, "follow HEAD: {e}");
+                    }
+                    if let Err(e) = self.follow_worktrees(&location.common_dir).await {
+                        warn!(project = %project.name, "follow worktrees: {e}");
                     }
                 }
                 Err(e) => warn!(project = %project.name, "{e}"),
@@ -98,15 +105,29 @@ impl Engine {
         }
     }
 
-    pub(super) fn restore_active(&self, key: &EndpointKey, branch: Option<BranchId>) {
-        self.endpoint(key).set(branch);
+    /// The branches that have a container: one question to Docker instead of one for each branch,
+    /// of which there may be a thousand. None where each must be looked at.
+    async fn containers_of(
+        &self,
+        project: &ProjectRecord,
+        branches: &[BranchRecord],
+    ) -> Option<HashSet<BranchId>> {
+        let docker = branches.iter().find(|b| b.server.runtime == "docker")?;
+        let (runtime, _) = self.runtime(&docker.server).await.ok()?;
+        runtime.may_run(&project.id).await.ok()?
     }
 
-    async fn take_up(&self, branch: &BranchRecord) {
+    /// Finds a branch's instance, unless it is known to be `stopped`, and opens its port.
+    async fn take_up(&self, branch: &BranchRecord, stopped: bool) {
         if branch.stage != Stage::Ready {
             return;
         }
-        match self.adopt(branch).await {
+        let adopted = if stopped {
+            Ok(false)
+        } else {
+            self.adopt(branch).await
+        };
+        match adopted {
             // It was trashed, and the daemon died before its instance had stopped.
             Ok(true) if branch.trashed_at.is_some() => {
                 if let Err(e) = self.stop(&branch.id).await {
@@ -252,9 +273,9 @@ impl Engine {
             },
             Some(branch) => {
                 let shown = self
-                    .endpoint_record(&Self::main_endpoint(project))?
+                    .endpoint_record(&Self::endpoint_at(project, location))?
                     .and_then(|r| r.branch);
-                if !location.is_linked_worktree() && shown.as_ref() != Some(&branch.id) {
+                if shown.as_ref() != Some(&branch.id) {
                     found.actions.push(format!("switch to `{name}`"));
                 }
             }

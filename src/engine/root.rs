@@ -133,7 +133,8 @@ impl Engine {
             .as_ref()
             .unwrap_or(&self.0.machine.storage.value);
         let choice: Choice = word.parse().map_err(|e: Invalid| {
-            EngineError::config(e.to_string()).hint("set DBRANCH_STORAGE to auto, btrfs or copy")
+            EngineError::config(e.to_string())
+                .hint(format!("set DBRANCH_STORAGE to one of {}", Choice::names()))
         })?;
         let pool = request.pool.clone().unwrap_or_else(|| self.pool());
         let driver = self.open_pool(choice, &pool).await?;

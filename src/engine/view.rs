@@ -4,10 +4,9 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::instances::InstanceState;
-use super::{Engine, EngineError, Result, blocking};
+use super::{Engine, EngineError, Result};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
-use crate::storage::Usage;
 use crate::types::{BackendAddress, BranchName, Password};
 
 /// A branch and what is observed of it.
@@ -19,23 +18,6 @@ pub struct BranchView {
     /// Whether the project's endpoint shows it.
     pub active: bool,
     pub sessions: usize,
-}
-
-/// A branch's bytes.
-#[derive(Debug, Clone)]
-pub struct UsageView {
-    pub name: BranchName,
-    pub trashed: bool,
-    pub usage: Usage,
-}
-
-/// A pool's room, in bytes.
-#[derive(Debug, Clone)]
-pub struct PoolView {
-    pub driver: String,
-    pub path: PathBuf,
-    pub total_bytes: u64,
-    pub free_bytes: u64,
 }
 
 /// How to connect.
@@ -147,23 +129,14 @@ impl Engine {
         }
     }
 
-    /// The branch that a place's connections reach: in the main worktree what the endpoint
-    /// shows, in a linked one the branch of its HEAD.
+    /// The branch that a place's connections reach: what its worktree's endpoint shows.
     pub fn shown_at(
         &self,
         project: &ProjectRecord,
         location: &Location,
     ) -> Result<Option<BranchRecord>> {
-        if location.is_linked_worktree() {
-            return match git::head(&location.git_dir)? {
-                Head::Branch(name) | Head::Unborn(name) => {
-                    Ok(self.0.registry.branch_named(&project.id, &name)?)
-                }
-                Head::Detached(_) => Ok(None),
-            };
-        }
         match self
-            .endpoint_record(&Self::main_endpoint(project))?
+            .endpoint_record(&Self::endpoint_at(project, location))?
             .and_then(|r| r.branch)
         {
             Some(id) => Ok(self.0.registry.branch(&id)?),
@@ -182,15 +155,23 @@ impl Engine {
             let branch = self.must_find(&project, name).await?;
             return Ok((self.credentials(&project, branch.port)?, Some(branch)));
         }
-        let shown = self.shown_at(&project, location)?;
-        let port = match &shown {
-            Some(branch) if location.is_linked_worktree() => branch.port,
-            _ => project.proxy_port,
-        };
         if self.live_branches(&project)?.is_empty() {
             return Err(EngineError::no_root());
         }
+        let port = self.port_at(&project, location).await?;
+        let shown = self.shown_at(&project, location)?;
         Ok((self.credentials(&project, port)?, shown))
+    }
+
+    /// The port that shows what a place's worktree has checked out.
+    pub async fn port_at(&self, project: &ProjectRecord, location: &Location) -> Result<u16> {
+        if !location.is_linked_worktree() {
+            return Ok(project.proxy_port);
+        }
+        let endpoint = self.worktree_endpoint(project, location).await?;
+        endpoint
+            .port
+            .ok_or_else(|| EngineError::bug("an endpoint without a port"))
     }
 
     /// [`Engine::connect_info`] of an address that really listens; the error says who else has the port.
@@ -202,6 +183,8 @@ impl Engine {
         let (credentials, branch) = self.connect_info(location, name).await?;
         match &branch {
             Some(branch) if branch.port == credentials.port => self.try_publish(branch).await?,
+            // Opened by asking for its port.
+            _ if location.is_linked_worktree() => {}
             _ => self.listen(&self.project_at(location)?).await?,
         }
         Ok((credentials, branch))
@@ -224,62 +207,13 @@ impl Engine {
             .collect())
     }
 
-    pub async fn usage_of(&self, branch: &BranchRecord) -> Result<Usage> {
-        let driver = self.driver(branch).await?;
-        let volume = branch.volume.clone();
-        blocking(move || Ok(driver.usage(&volume)?)).await
-    }
-
-    /// Bytes of every branch of a project, and the room in the pool of its newest.
-    pub async fn usage(&self, location: &Location) -> Result<(Vec<UsageView>, Option<PoolView>)> {
-        let project = self.project_at(location)?;
-        let branches = self.0.registry.branches(&project.id)?;
-        let mut views = Vec::new();
-        for branch in branches.iter().filter(|b| b.stage == Stage::Ready) {
-            let usage = match self.usage_of(branch).await {
-                Ok(usage) => usage,
-                // Destroyed meanwhile.
-                Err(_)
-                    if self
-                        .0
-                        .registry
-                        .branch(&branch.id)?
-                        .is_none_or(|b| b.stage != Stage::Ready) =>
-                {
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            views.push(UsageView {
-                name: branch.name.clone(),
-                trashed: branch.trashed_at.is_some(),
-                usage,
-            });
-        }
-        let Some(newest) = branches.last() else {
-            return Ok((views, None));
-        };
-        let driver = self.driver(newest).await?;
-        let pool = newest.pool.clone();
-        let kind = driver.kind().to_string();
-        let space = blocking(move || Ok(driver.space()?)).await?;
-        Ok((
-            views,
-            Some(PoolView {
-                driver: kind,
-                path: pool,
-                total_bytes: space.total_bytes,
-                free_bytes: space.free_bytes,
-            }),
-        ))
-    }
-
     /// Things worth knowing about where a place stands.
     pub async fn notes(&self, project: &ProjectRecord, location: &Location) -> Result<Vec<String>> {
         let mut notes = Vec::new();
         if let Err(e) = self.listen(project).await {
             notes.push(e.message);
         }
+        notes.extend(self.worktree_note(project, location));
         let shown = self.shown_at(project, location)?;
         match git::head(&location.git_dir)? {
             Head::Detached(_) => {

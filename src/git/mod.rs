@@ -23,7 +23,7 @@ pub use head::{head, operation};
 pub use hooks::{HookState, HookStatus, Installation, Installed, Uninstalled};
 pub use hooks::{install, status, uninstall};
 pub use origin::{origin, renamed_from};
-pub use repo::{branch_exists, branches, default_branch, worktrees};
+pub use repo::{branch_exists, branches, default_branch, worktree_top, worktrees};
 pub use resolve::nearest;
 pub use watch::{Change, Method, Watch, WatchEvent};
 

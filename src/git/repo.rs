@@ -37,15 +37,15 @@ impl Location {
         Err(GitError::NotARepository(path.to_owned()))
     }
 
-    /// The main worktree of a common git directory, or the bare repository.
+    /// The worktree of a git directory, main or linked, or the bare repository.
     ///
     /// A main worktree made with `git init --separate-git-dir` is not known to its
     /// git directory, so it is none here; `discover` from inside it finds it.
-    pub fn from_common_dir(common_dir: &Path) -> Result<Self, GitError> {
-        if !is_git_dir(common_dir)? {
-            return Err(GitError::NotARepository(common_dir.to_owned()));
+    pub fn from_git_dir(git_dir: &Path) -> Result<Self, GitError> {
+        if !is_git_dir(git_dir)? {
+            return Err(GitError::NotARepository(git_dir.to_owned()));
         }
-        Self::open(common_dir, None)
+        Self::open(git_dir, None)
     }
 
     /// `top` is the folder whose `.git` led here.
@@ -214,11 +214,16 @@ fn linked_worktree_top(git_dir: &Path) -> Result<Option<PathBuf>, GitError> {
         .and_then(|path| path.parent().map(Path::to_owned)))
 }
 
+/// The top of a linked worktree by its git directory, if it is there.
+pub fn worktree_top(git_dir: &Path) -> Option<PathBuf> {
+    linked_worktree_top(git_dir).ok().flatten()
+}
+
 /// The main worktree (or the bare repository) first, then the linked ones by
 /// name. Those whose folder is gone, which `git worktree prune` would clear, are
 /// left out.
 pub fn worktrees(common_dir: &Path) -> Result<Vec<Location>, GitError> {
-    let main = Location::from_common_dir(common_dir)?;
+    let main = Location::from_git_dir(common_dir)?;
     let mut linked = Vec::new();
     for git_dir in linked_git_dirs(&main.common_dir)? {
         let Ok(git_dir) = fs::canonicalize(&git_dir) else {

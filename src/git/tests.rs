@@ -490,10 +490,7 @@ fn a_worktree_is_found_from_below_and_from_within_its_git_directory() {
             "{path}"
         );
     }
-    assert_eq!(
-        Location::from_common_dir(&git_dir).unwrap(),
-        repo.location()
-    );
+    assert_eq!(Location::from_git_dir(&git_dir).unwrap(), repo.location());
     assert_eq!(worktrees(&git_dir).unwrap(), [repo.location()]);
 }
 
@@ -558,7 +555,7 @@ fn a_submodule_is_a_repository_of_its_own() {
     let location = repo.location_in("repo/sub");
     assert_eq!(location.common_dir, repo.git_dir().join("modules/sub"));
     assert_eq!(location.worktree, Some(repo.top().join("sub")));
-    let again = Location::from_common_dir(&location.common_dir).unwrap();
+    let again = Location::from_git_dir(&location.common_dir).unwrap();
     assert_eq!(again, location);
 }
 

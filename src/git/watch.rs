@@ -155,6 +155,20 @@ impl Watch {
         Ok(method)
     }
 
+    /// Watches a common git directory and its linked worktrees no longer.
+    pub fn remove_below(&self, common_dir: &Path) {
+        let worktrees = common_dir.join("worktrees");
+        let known: Vec<_> = lock(&self.shared.state)
+            .dirs
+            .keys()
+            .filter(|dir| *dir == common_dir || dir.parent() == Some(&worktrees))
+            .cloned()
+            .collect();
+        for git_dir in known {
+            self.remove(&git_dir);
+        }
+    }
+
     /// Watches a git directory no longer.
     pub fn remove(&self, git_dir: &Path) {
         let removed = {

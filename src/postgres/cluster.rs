@@ -123,16 +123,19 @@ fn is_temporary_relation(name: &OsStr) -> bool {
 }
 
 /// Drops from a fresh clone what belongs to its parent's server: the lock file
-/// of its postmaster, and the replication slots, which would keep WAL for
-/// receivers that the clone doesn't have. Fast: a few names, no walk.
+/// of its postmaster, the replication slots, which would keep WAL for receivers
+/// that the clone doesn't have, and the counts of what the parent had changed, by
+/// which autovacuum would do the parent's pending work once more in each clone
+/// (349 MiB instead of 0.25 in one whose parent had updated a third of 300 MB). A
+/// clone of a running parent has no such counts: crash recovery discards them
+/// (manual, "The Cumulative Statistics System"). Fast: a few names, no walk.
 pub fn shed(data_dir: &Path) -> Result<(), ClusterError> {
     for name in ["postmaster.pid", "postmaster.opts"] {
-        let path = data_dir.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                return Err(ClusterError::io("remove", &path)(e));
-            }
-            _ => {}
+        remove_if_there(&data_dir.join(name))?;
+    }
+    for entry in entries(&data_dir.join("pg_stat"))? {
+        if is_cumulative_statistics(&entry.file_name()) {
+            remove_if_there(&entry.path())?;
         }
     }
     let slots = data_dir.join("pg_replslot");
@@ -146,6 +149,24 @@ pub fn shed(data_dir: &Path) -> Result<(), ClusterError> {
         removed.map_err(ClusterError::io("remove", &path))?;
     }
     Ok(())
+}
+
+/// `pgstat.stat`, up to version 14 `global.stat` and `db_16384.stat`. Extensions keep
+/// theirs in the same folder.
+fn is_cumulative_statistics(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|name| {
+        matches!(name, "pgstat.stat" | "global.stat")
+            || name
+                .strip_prefix("db_")
+                .is_some_and(|rest| rest.strip_suffix(".stat").is_some())
+    })
+}
+
+fn remove_if_there(path: &Path) -> Result<(), ClusterError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(ClusterError::io("remove", path)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// What a folder holds; nothing if it isn't there.
@@ -260,10 +281,15 @@ mod tests {
     }
 
     #[test]
-    fn a_clone_sheds_its_parents_server_and_slots_and_may_do_so_again() {
+    fn a_clone_sheds_its_parents_server_slots_and_counts_and_may_do_so_again() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         fs::create_dir_all(at("pg_replslot/standby")).unwrap();
+        fs::create_dir(at("pg_stat")).unwrap();
+        let counts = ["pgstat.stat", "global.stat", "db_5.stat"];
+        for name in counts.iter().chain(&["pg_stat_statements.stat"]) {
+            fs::write(at("pg_stat").join(name), "").unwrap();
+        }
         fs::write(at("pg_replslot/standby/state"), "").unwrap();
         for name in ["postmaster.pid", "postmaster.opts", "PG_VERSION"] {
             fs::write(at(name), "15\n").unwrap();
@@ -273,6 +299,8 @@ mod tests {
         assert!(!at("postmaster.pid").exists() && !at("postmaster.opts").exists());
         assert_eq!(fs::read_dir(at("pg_replslot")).unwrap().count(), 0);
         assert!(at("PG_VERSION").exists());
+        assert!(counts.iter().all(|name| !at("pg_stat").join(name).exists()));
+        assert!(at("pg_stat/pg_stat_statements.stat").exists());
     }
 
     #[test]

@@ -402,6 +402,20 @@ async fn a_copy_made_under_load_in_backup_mode_is_consistent() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reflink_made_under_load_in_backup_mode_is_consistent() {
+    let test = "a_reflink_made_under_load_in_backup_mode_is_consistent";
+    let Some(programs) = programs(test) else {
+        return;
+    };
+    match std::env::var_os("DBRANCH_TEST_XFS").map(PathBuf::from) {
+        Some(parent) => {
+            clones_of_a_busy_parent_are_sound(&programs, DriverKind::Reflink, Some(&parent)).await;
+        }
+        None => skip(test, "xfs", "DBRANCH_TEST_XFS names no folder"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_made_under_load_without_backup_mode_is_consistent() {
     let test = "a_snapshot_made_under_load_without_backup_mode_is_consistent";
     let Some(programs) = programs(test) else {
@@ -410,6 +424,7 @@ async fn a_snapshot_made_under_load_without_backup_mode_is_consistent() {
     match std::env::var_os("DBRANCH_TEST_BTRFS").map(PathBuf::from) {
         Some(parent) => {
             clones_of_a_busy_parent_are_sound(&programs, DriverKind::Btrfs, Some(&parent)).await;
+            clones_of_a_busy_parent_are_sound(&programs, DriverKind::Reflink, Some(&parent)).await;
             clones_of_a_busy_parent_are_sound(&programs, DriverKind::Copy, Some(&parent)).await;
         }
         None => skip(test, "btrfs", "DBRANCH_TEST_BTRFS names no folder"),

@@ -18,7 +18,7 @@ use super::greeting::Greeting;
 use super::handshake::{self, HandshakeError, Opening};
 use super::relay::{End, Relay};
 use super::wire::{Fatal, StartupPacket, TERMINATE};
-use super::{Route, RouteError, Router, Startup};
+use super::{Ends, Route, RouteError, Router, Startup};
 use crate::types::BranchName;
 
 /// How long a last word to a client may take, and then how long its unread bytes are
@@ -72,14 +72,15 @@ impl Drop for Seat {
     }
 }
 
-/// Serves one client from its first byte to its last.
-pub(super) async fn serve<C>(mut client: C, endpoint: Arc<Endpoint>)
+/// Serves one client from its first byte to its last. `ends` are known of a TCP connection.
+pub(super) async fn serve<C>(mut client: C, ends: Option<Ends>, endpoint: Arc<Endpoint>)
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
     let shared = &endpoint.shared;
     match timeout(shared.handshake_limit, handshake::open(&mut client)).await {
         Ok(Ok(Opening::Session { packet, startup })) => {
+            let startup = Startup { ends, ..startup };
             let last_word = match Seat::take(shared) {
                 // Boxed: what a session takes need not be there before it, nor after.
                 Some(_seat) => Box::pin(session(&mut client, &endpoint, packet, startup)).await,
@@ -403,7 +404,7 @@ mod tests {
                 home: Handle::current(),
                 shutdown: self.shutdown.clone(),
             });
-            (client, tokio::spawn(serve(near, endpoint)))
+            (client, tokio::spawn(serve(near, None, endpoint)))
         }
     }
 

@@ -92,6 +92,7 @@ fn requested(packet: &StartupPacket) -> Result<Startup, HandshakeError> {
             .unwrap_or_else(|| user.clone()),
         application_name: packet.parameter("application_name"),
         user,
+        ends: None,
     })
 }
 

@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use super::Router;
 use super::cancel::CancelKeys;
 use super::connection::{self, Endpoint, Shared};
 use super::holder::{PortHolder, port_holder};
+use super::{Ends, Router};
 
 /// Connections the kernel keeps ready for us.
 const BACKLOG: u32 = 1024;
@@ -257,11 +257,21 @@ impl Proxy {
         thread.runtime.spawn(tracker.track_future(async move {
             let _counted = counted;
             match prepared(client) {
-                Ok(client) => connection::serve(client, endpoint).await,
+                Ok(client) => {
+                    let ends = ends_of(&client);
+                    connection::serve(client, ends, endpoint).await;
+                }
                 Err(error) => debug!(%error, "a connection was lost on its way"),
             }
         }));
     }
+}
+
+fn ends_of(client: &TcpStream) -> Option<Ends> {
+    Some(Ends {
+        client: client.peer_addr().ok()?,
+        proxy: client.local_addr().ok()?,
+    })
 }
 
 fn is_of_one_connection(error: &io::Error) -> bool {

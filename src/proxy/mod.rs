@@ -5,7 +5,7 @@
 //! branches only through its own [`Router`].
 //!
 //! ```text
-//!   listen ─ accepts, hands to a thread      holder ─ who has a port
+//!   listen ─ accepts, hands to a thread      holder ─ who has a port; process ─ who a client is
 //!      └─> connection ─ one client: opening, route, session, farewell
 //!             ├─ handshake ─ to the startup packet ──┐
 //!             ├─ backend ─ to an instance            ├─ wire ─ bytes, no sockets
@@ -29,6 +29,7 @@ mod holder;
 mod listen;
 #[cfg(test)]
 mod live_tests;
+mod process;
 mod relay;
 mod session;
 mod wire;
@@ -42,6 +43,7 @@ use tokio::sync::watch;
 
 pub use self::holder::{PortHolder, port_holder};
 pub use self::listen::{BindError, Listener, Proxy, ProxySettings};
+pub use self::process::{ClientFolders, Ends};
 use crate::types::{BackendAddress, BranchId, BranchName};
 
 /// What a client asks for in its startup packet.
@@ -51,6 +53,8 @@ pub struct Startup {
     /// As sent; the user's name where the client sent none.
     pub database: String,
     pub application_name: Option<String>,
+    /// Over which connection, where it is one of TCP.
+    pub ends: Option<Ends>,
 }
 
 /// Where a session goes.

@@ -45,6 +45,10 @@ const STEPS: &[&str] = &[
         PRIMARY KEY (project, git_dir)
     ) STRICT;
 ",
+    "
+    ALTER TABLE endpoints ADD COLUMN port INTEGER;
+    CREATE UNIQUE INDEX endpoint_ports ON endpoints(port);
+",
     // Not bound to `branches`: what is to be removed stays to be removed, whatever becomes of the branch.
     "
     CREATE TABLE moves (
@@ -106,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_registry_from_before_moves_keeps_its_branches_and_can_move_them() {
-        let mut connection = written_at(1);
+        let mut connection = written_at(2);
         migrate(&mut connection).unwrap();
         let version: i64 = connection
             .query_row("PRAGMA user_version", [], |row| row.get(0))

@@ -121,4 +121,7 @@ pub struct EndpointRecord {
     pub previous: Option<BranchId>,
     /// The HEAD that was last acted on, so that the same HEAD is not acted on twice.
     pub head: Option<String>,
+    /// Where a linked worktree's endpoint listens; the main worktree's has the project's own port.
+    /// Given by [`Registry::endpoint_port`] and kept by whatever else is recorded.
+    pub port: Option<u16>,
 }

@@ -1,5 +1,6 @@
 //! The registry's file and its statements.
 
+use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,8 +31,10 @@ pub enum RegistryError {
     NameTaken(BranchName),
     #[error("the project was deleted meanwhile")]
     ProjectGone,
-    #[error("no free port from {min} to {max}")]
-    NoPort { min: u16, max: u16 },
+    #[error(
+        "no free port from {min} to {max} for another branch: {taken} belong to branches, others to other programs"
+    )]
+    NoPort { min: u16, max: u16, taken: usize },
     #[error("the branch was deleted or moved meanwhile")]
     Elsewhere,
 }
@@ -227,21 +230,7 @@ impl Registry {
             if project_by_id(c, &new.project)?.is_none_or(|p| p.deleted_at.is_some()) {
                 return Err(RegistryError::ProjectGone);
             }
-            let taken: Vec<u16> = all(c, "SELECT port FROM branches", [], |row| row.get(0))?;
-            // In a circle: the URL of a branch that is no more shall not reach the next one.
-            let last: u16 = c.query_row(
-                "SELECT last_port FROM projects WHERE id = ?1",
-                [new.project.as_str()],
-                |row| row.get(0),
-            )?;
-            let port = (ports.0.max(last.saturating_add(1))..=ports.1)
-                .chain(ports.0..=ports.1)
-                .find(|port| !taken.contains(port) && usable(*port))
-                .ok_or(RegistryError::NoPort { min: ports.0, max: ports.1 })?;
-            c.execute(
-                "UPDATE projects SET last_port = ?2 WHERE id = ?1",
-                params![new.project.as_str(), port],
-            )?;
+            let port = take_port(c, &new.project, ports, usable)?;
             c.prepare_cached(
                 "INSERT INTO branches (id, project, name, parent, stage, volume, driver, pool, port, started_once,
                                        created_at, trashed_at, runtime, programs, major)
@@ -412,11 +401,12 @@ impl Registry {
     pub fn put_endpoint(&self, e: &EndpointRecord) -> Result<()> {
         self.write(Durability::Process, |c| {
             c.prepare_cached(
-                "INSERT INTO endpoints (project, git_dir, branch, previous, head)
+                "INSERT INTO endpoints (project, git_dir, branch, previous, head, port)
                  VALUES (?1, ?2, (SELECT id FROM branches WHERE id = ?3 AND trashed_at IS NULL),
-                    (SELECT id FROM branches WHERE id = ?4 AND trashed_at IS NULL), ?5)
+                    (SELECT id FROM branches WHERE id = ?4 AND trashed_at IS NULL), ?5, ?6)
                  ON CONFLICT (project, git_dir) DO UPDATE SET
-                    branch = excluded.branch, previous = excluded.previous, head = excluded.head",
+                    branch = excluded.branch, previous = excluded.previous, head = excluded.head,
+                    port = coalesce(excluded.port, port)",
             )?
             .execute(params![
                 e.project.as_str(),
@@ -424,7 +414,49 @@ impl Registry {
                 e.branch.as_ref().map(BranchId::as_str),
                 e.previous.as_ref().map(BranchId::as_str),
                 e.head,
+                e.port,
             ])?;
+            Ok(())
+        })
+    }
+
+    /// The port of a worktree's endpoint, given now where it has none yet. `ports` are tried in order.
+    pub fn endpoint_port(
+        &self,
+        project: &ProjectId,
+        git_dir: &Path,
+        ports: (u16, u16),
+        usable: impl Fn(u16) -> bool,
+    ) -> Result<u16> {
+        let key = params![project.as_str(), text(git_dir)];
+        let known = self.read(|c| {
+            one(
+                c,
+                "SELECT port FROM endpoints WHERE project = ?1 AND git_dir = ?2",
+                key,
+                |row| row.get::<_, Option<u16>>(0),
+            )
+        })?;
+        if let Some(port) = known.flatten() {
+            return Ok(port);
+        }
+        self.write(Durability::Disk, |c| {
+            let port = take_port(c, project, ports, usable)?;
+            c.execute(
+                "INSERT INTO endpoints (project, git_dir, port) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (project, git_dir) DO UPDATE SET port = excluded.port",
+                params![project.as_str(), text(git_dir), port],
+            )?;
+            Ok(port)
+        })
+    }
+
+    pub fn remove_endpoint(&self, project: &ProjectId, git_dir: &Path) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.execute(
+                "DELETE FROM endpoints WHERE project = ?1 AND git_dir = ?2",
+                params![project.as_str(), text(git_dir)],
+            )?;
             Ok(())
         })
     }
@@ -469,6 +501,46 @@ fn put_project(connection: &Connection, p: &ProjectRecord) -> Result<()> {
             ":deleted": p.deleted_at.map(millis),
         })?;
     Ok(())
+}
+
+/// The next port that nobody has and that is `usable`.
+///
+/// In a circle: the URL of a branch or worktree that is no more shall not reach the next one.
+fn take_port(
+    connection: &Connection,
+    project: &ProjectId,
+    (min, max): (u16, u16),
+    usable: impl Fn(u16) -> bool,
+) -> Result<u16> {
+    let taken: HashSet<u16> = all(
+        connection,
+        "SELECT port FROM branches UNION SELECT port FROM endpoints WHERE port IS NOT NULL",
+        [],
+        |row| row.get(0),
+    )?
+    .into_iter()
+    .collect();
+    let last: u16 = connection.query_row(
+        "SELECT last_port FROM projects WHERE id = ?1",
+        [project.as_str()],
+        |row| row.get(0),
+    )?;
+    let port = (min.max(last.saturating_add(1))..=max)
+        .chain(min..=max)
+        .find(|port| !taken.contains(port) && usable(*port))
+        .ok_or_else(|| RegistryError::NoPort {
+            min,
+            max,
+            taken: taken
+                .iter()
+                .filter(|port| (min..=max).contains(*port))
+                .count(),
+        })?;
+    connection.execute(
+        "UPDATE projects SET last_port = ?2 WHERE id = ?1",
+        params![project.as_str(), port],
+    )?;
+    Ok(port)
 }
 
 /// Turns a branch to a volume. False where there is no such branch.
@@ -608,6 +680,7 @@ fn endpoint(row: &Row<'_>) -> rusqlite::Result<EndpointRecord> {
         branch: id("branch")?,
         previous: id("previous")?,
         head: row.get("head")?,
+        port: row.get("port")?,
     })
 }
 

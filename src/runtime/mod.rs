@@ -13,6 +13,7 @@ mod native;
 mod prepare;
 mod process;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -225,6 +226,18 @@ impl Runtime {
         match self {
             Self::Docker(docker) => docker.find(spec).await,
             Self::Native(native) => native.find(spec).await,
+        }
+    }
+
+    /// The branches of a project that may run, by one question for all of them. None where to
+    /// [`Runtime::find`] each costs next to nothing.
+    pub async fn may_run(
+        &self,
+        project: &ProjectId,
+    ) -> Result<Option<HashSet<BranchId>>, RuntimeError> {
+        match self {
+            Self::Docker(docker) => docker.may_run(project).await.map(Some),
+            Self::Native(_) => Ok(None),
         }
     }
 

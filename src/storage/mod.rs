@@ -15,9 +15,15 @@ mod btrfs;
 mod contract;
 mod copy;
 mod detect;
+mod files;
+#[cfg(test)]
+mod many_tests;
 mod mirror;
 mod pool;
+mod reflink;
 mod usage;
+#[cfg(target_os = "linux")]
+mod zfs;
 
 pub use detect::open;
 pub use mirror::{Estimate, Mirror, Round, Source, can_share, estimate};
@@ -29,16 +35,29 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DriverKind {
     Btrfs,
+    Zfs,
+    Reflink,
     Copy,
 }
 
 impl DriverKind {
-    pub const ALL: [Self; 2] = [Self::Btrfs, Self::Copy];
+    /// The best first: so `auto` tries them.
+    pub const ALL: [Self; 4] = [Self::Btrfs, Self::Zfs, Self::Reflink, Self::Copy];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
+            Self::Reflink => "reflink",
             Self::Copy => "copy",
+        }
+    }
+
+    /// What to do about a pool that is not there.
+    pub fn how_to_mount(self) -> &'static str {
+        match self {
+            Self::Zfs => "mount its dataset again: zpool import -a; zfs mount -a",
+            Self::Btrfs | Self::Reflink | Self::Copy => "mount its file system again",
         }
     }
 }
@@ -56,9 +75,8 @@ impl FromStr for DriverKind {
             .into_iter()
             .find(|k| k.as_str() == s)
             .ok_or_else(|| {
-                Invalid(format!(
-                    "`{s}` is no storage driver; there are btrfs and copy"
-                ))
+                let names = Self::ALL.map(Self::as_str).join(", ");
+                Invalid(format!("`{s}` is no storage driver; there are {names}"))
             })
     }
 }
@@ -70,6 +88,14 @@ pub enum Choice {
     Auto,
     /// This one or an error.
     Driver(DriverKind),
+}
+
+impl Choice {
+    /// All that can be chosen, for messages: `auto, btrfs, copy`.
+    pub fn names() -> String {
+        let drivers = DriverKind::ALL.map(DriverKind::as_str);
+        format!("auto, {}", drivers.join(", "))
+    }
 }
 
 impl FromStr for Choice {
@@ -94,17 +120,21 @@ pub enum Consistency {
     NeedsBackup,
 }
 
-/// How a clone was made, for messages: "btrfs snapshot", "copy of 1.2 GiB (blocks shared)".
+/// How a clone was made, for messages: "btrfs snapshot", "reflink of 1,302 files, 1.2 GiB shared".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloneMethod {
     BtrfsSnapshot,
+    ZfsClone,
     /// Every byte was written again.
     FullCopy {
         bytes: u64,
     },
-    /// File by file, but the file system shares the blocks.
-    SharedCopy {
-        bytes: u64,
+    /// File by file, sharing blocks.
+    Reflink {
+        files: u64,
+        shared_bytes: u64,
+        /// Of files for which the file system refused to share.
+        written_bytes: u64,
     },
 }
 
@@ -112,9 +142,34 @@ impl fmt::Display for CloneMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::BtrfsSnapshot => f.write_str("btrfs snapshot"),
+            Self::ZfsClone => f.write_str("zfs clone"),
             Self::FullCopy { bytes } => write!(f, "copy of {}", Bytes(*bytes)),
-            Self::SharedCopy { bytes } => write!(f, "copy of {} (blocks shared)", Bytes(*bytes)),
+            Self::Reflink {
+                files,
+                shared_bytes,
+                written_bytes,
+            } => {
+                let noun = if *files == 1 { "file" } else { "files" };
+                write!(f, "reflink of {} {noun}, ", Thousands(*files))?;
+                write!(f, "{} shared", Bytes(*shared_bytes))?;
+                if *written_bytes > 0 {
+                    write!(f, ", {} copied", Bytes(*written_bytes))?;
+                }
+                Ok(())
+            }
         }
+    }
+}
+
+/// A number for messages: `1,302`.
+struct Thousands(u64);
+
+impl fmt::Display for Thousands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 < 1000 {
+            return write!(f, "{}", self.0);
+        }
+        write!(f, "{},{:03}", Self(self.0 / 1000), self.0 % 1000)
     }
 }
 
@@ -155,6 +210,68 @@ pub struct Usage {
     pub exclusive_bytes: u64,
 }
 
+/// Who holds blocks of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Holder {
+    Volume(VolumeId),
+    /// A snapshot of a volume that somebody made and keeps, by its name.
+    Other(String),
+}
+
+/// What is held by all of some holders, and by nobody else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// Indices into [`Usages::holders`], ascending.
+    pub by: Vec<usize>,
+    /// On disk.
+    pub bytes: u64,
+}
+
+/// Bytes of one volume among others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeUsage {
+    pub id: VolumeId,
+    /// Sum of the files' sizes as allocated, shared or not.
+    pub logical_bytes: u64,
+    /// The part of its data that nobody shares.
+    pub exclusive_bytes: u64,
+    /// What destroying it would free, but for the file system's own records. More than
+    /// `exclusive_bytes` where the file system keeps all of an extent while a part is used.
+    pub freed_bytes: u64,
+}
+
+impl VolumeUsage {
+    fn new(id: VolumeId, usage: Usage) -> Self {
+        Self {
+            id,
+            logical_bytes: usage.logical_bytes,
+            exclusive_bytes: usage.exclusive_bytes,
+            freed_bytes: usage.exclusive_bytes,
+        }
+    }
+}
+
+/// Bytes of a pool's volumes, and who shares them. What was written within the last half
+/// minute may have no place on disk yet, and isn't counted then.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Usages {
+    pub volumes: Vec<VolumeUsage>,
+    /// All who hold something; those of `volumes` are among them.
+    pub holders: Vec<Holder>,
+    /// Every set of holders once. None where the file system doesn't tell who shares with whom.
+    pub shares: Option<Vec<Share>>,
+    /// What keeps the numbers from being exact, for users.
+    pub notes: Vec<String>,
+}
+
+impl Usages {
+    /// The same with only these volumes; the holders stay.
+    fn only(mut self, ids: &[VolumeId]) -> Self {
+        self.volumes.retain(|volume| ids.contains(&volume.id));
+        self
+    }
+}
+
 /// Room in the pool's file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
@@ -175,6 +292,14 @@ pub enum StorageError {
     NoRoom {
         path: PathBuf,
         needed_bytes: u64,
+        free_bytes: u64,
+    },
+    /// The file system was full in the middle of it.
+    #[error("no room left in {} ({} free) to {action} {}", pool.display(), Bytes(*free_bytes), path.display())]
+    Full {
+        action: &'static str,
+        path: PathBuf,
+        pool: PathBuf,
         free_bytes: u64,
     },
     #[error("no permission to {action} {}: {hint}", path.display())]
@@ -206,12 +331,15 @@ impl StorageError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Unsupported { .. } => Some(
-                "choose the storage driver `auto` or `copy`, or a pool on a btrfs file system"
-                    .into(),
+                "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
             ),
             Self::NoRoom { path, .. } => Some(format!(
-                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, XFS)",
+                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, ZFS, XFS)",
                 path.display()
+            )),
+            Self::Full { pool, .. } => Some(format!(
+                "free some room in {} (dbranch usage shows what branches take), then try again",
+                pool.display()
             )),
             Self::Denied { hint, .. } => Some(hint.clone()),
             Self::Unequal { .. } => Some("look for faults of the disk, then try again".into()),
@@ -260,6 +388,18 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// Makes an empty volume, mode 0700.
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError>;
 
+    /// Whether there is room for a clone of `from`, asked before a running source is put into
+    /// backup mode: beginning that takes room too, and a server that finds none stops.
+    fn must_have_room(&self, _from: &VolumeId, _omit: Omit) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    /// Sees to it that a volume's folder shows what is in it, before an instance starts:
+    /// mounts it where a volume is a mount of its own. Nothing is said of one that is gone.
+    fn make_reachable(&self, _id: &VolumeId) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Makes `to` a writable clone of `from`. Checks the room first where the
     /// clone takes any. With `Consistency::NeedsBackup`, files that vanish
     /// meanwhile are passed over.
@@ -279,6 +419,12 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     /// atomic have nothing to do.
     fn catch_up(&self, from: &VolumeId, to: &VolumeId, path: &Path) -> Result<(), StorageError>;
 
+    /// Fails where `destroy` would be refused because of what others made of the volume, so
+    /// that nothing has changed yet when it is said.
+    fn check_destroy(&self, _id: &VolumeId) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Destroys a volume with all in it.
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError>;
 
@@ -292,6 +438,23 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError>;
 
+    /// Bytes of several volumes, and who shares them. Volumes that aren't there are left
+    /// out. Drivers that can tell who shares with whom do; they remember what they
+    /// saw, so that later calls take a fraction of the first one's time.
+    fn usage_of_all(&self, ids: &[VolumeId]) -> Result<Usages, StorageError> {
+        let mut usages = Usages::default();
+        for id in ids {
+            match self.usage(id) {
+                Ok(usage) => usages.volumes.push(VolumeUsage::new(id.clone(), usage)),
+                Err(StorageError::Missing { .. }) => {}
+                // Destroyed meanwhile.
+                Err(_) if !self.volume_path(id).exists() => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(usages)
+    }
+
     fn space(&self) -> Result<Space, StorageError>;
 }
 
@@ -304,12 +467,19 @@ mod tests {
         let text = |method: CloneMethod| method.to_string();
         assert_eq!(text(CloneMethod::BtrfsSnapshot), "btrfs snapshot");
         assert_eq!(text(CloneMethod::FullCopy { bytes: 812 }), "copy of 812 B");
+        let reflink = |files, written_bytes| {
+            text(CloneMethod::Reflink {
+                files,
+                shared_bytes: 1_288_490_189,
+                written_bytes,
+            })
+        };
+        assert_eq!(reflink(1302, 0), "reflink of 1,302 files, 1.2 GiB shared");
         assert_eq!(
-            text(CloneMethod::SharedCopy {
-                bytes: 1_288_490_189
-            }),
-            "copy of 1.2 GiB (blocks shared)"
+            reflink(1, 4096),
+            "reflink of 1 file, 1.2 GiB shared, 4.0 KiB copied"
         );
+        assert_eq!(Thousands(1_000_007).to_string(), "1,000,007");
         assert_eq!(Bytes(u64::MAX).to_string(), "16383.9 PiB");
     }
 
@@ -317,9 +487,9 @@ mod tests {
     fn a_choice_is_auto_or_a_driver() {
         assert_eq!("auto".parse(), Ok(Choice::Auto));
         assert_eq!("copy".parse(), Ok(Choice::Driver(DriverKind::Copy)));
-        let Invalid(why) = "zfs".parse::<Choice>().unwrap_err();
+        let Invalid(why) = "ntfs".parse::<Choice>().unwrap_err();
         assert!(
-            why.contains("zfs") && why.contains("btrfs") && why.contains("auto"),
+            why.contains("ntfs") && why.contains("btrfs") && why.contains("auto"),
             "{why}"
         );
     }

@@ -232,6 +232,9 @@ pub(super) fn file_system_name(folder: &Path) -> String {
         fs::TMPFS_MAGIC => "tmpfs".into(),
         fs::OVERLAYFS_SUPER_MAGIC => "overlayfs".into(),
         fs::NFS_SUPER_MAGIC => "NFS".into(),
+        fs::FUSE_SUPER_MAGIC => "FUSE".into(),
+        // ZFS_SUPER_MAGIC of OpenZFS's sources.
+        fs::FsType(0x2fc1_2fc1) => "ZFS".into(),
         other => format!("of type {:#x}", other.0),
     }
 }

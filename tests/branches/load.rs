@@ -1,5 +1,6 @@
 //! Branches cut from a parent that is being written to.
 
+use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::{LIMIT, Server, Storage, TestEnv, wait_until};
@@ -22,14 +23,27 @@ fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
         .ok();
     env.sql("create extension amcheck");
 
+    // A line a transaction: client, number, microseconds, ...
+    let log = env.path("elsewhere/transactions");
+    let log = log.to_str().expect("a short path");
+    let load = [
+        "-n",
+        "-c",
+        "4",
+        "-T",
+        "3",
+        "-l",
+        "--log-prefix",
+        log,
+        "-d",
+        &main,
+    ];
     // Rounds of load until all branches are cut, however long that takes here.
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let load = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                let load = env
-                    .run("pgbench", &["-n", "-c", "4", "-T", "3", "-d", &main])
-                    .ok();
+                let load = env.run("pgbench", &load).ok();
                 assert!(
                     load.stdout.contains("number of failed transactions: 0 "),
                     "the parent's clients saw something: {load}"
@@ -46,6 +60,7 @@ fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
         }
     });
 
+    says_the_longest_stall(&env, storage);
     let history = "select count(*) from pgbench_history";
     let on_main: u64 = env.sql_on("main", history).parse().expect("a number");
     for branch in BRANCHES {
@@ -59,6 +74,8 @@ fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
                 .parse::<u32>()
                 .is_ok_and(|n| n > 10)
         );
+        let damage = "select count(*) from pg_class c, verify_heapam(c.oid) where relkind in ('r', 't', 'm')";
+        assert_eq!(env.sql_on(branch, damage), "0", "{branch} is damaged");
         // It is a parent like any other.
         env.sql_on(
             branch,
@@ -66,6 +83,44 @@ fn a_branch_of_a_busy_parent_is_whole(server: Server, storage: Storage) {
         );
     }
     assert_eq!(env.sql_on("main", SUMS), "t");
+    every_page_bears_its_checksum(&env);
+}
+
+/// How long the parent's clients waited for one transaction at most: with `--nocapture`, or with a
+/// failure, that is shown.
+#[expect(clippy::print_stderr, reason = "a measurement says what it found")]
+fn says_the_longest_stall(env: &TestEnv, storage: Storage) {
+    let mut times = Vec::new();
+    for log in fs::read_dir(env.path("elsewhere")).expect("ours").flatten() {
+        let text = fs::read_to_string(log.path()).expect("pgbench wrote it");
+        let micros = |line: &str| line.split(' ').nth(2)?.parse::<u64>().ok();
+        times.extend(text.lines().filter_map(micros));
+    }
+    times.sort_unstable();
+    let longest = times.last().expect("transactions were logged");
+    eprintln!(
+        "{} ({} runtime): {} transactions, half of them within {} us, the longest took {} us",
+        storage.name(),
+        env.server.runtime(),
+        times.len(),
+        times[times.len() / 2],
+        longest
+    );
+    // Far from what cutting a branch costs, near to what a client gives up at.
+    assert!(*longest < 15_000_000, "a client waited for {longest} us");
+}
+
+fn every_page_bears_its_checksum(env: &TestEnv) {
+    let volume = |branch: &str| env.show(branch)["volume"].as_str().map(str::to_owned);
+    let volumes = BRANCHES.map(|branch| volume(branch).expect("a path"));
+    let _ = env.dbranch(&["shutdown", "--stop-branches"]).ok();
+    // The oldest program checks what a server of its own version wrote.
+    if env.server == Server::Native {
+        for volume in volumes {
+            let data = format!("{volume}/data");
+            let _ = env.run("pg_checksums", &["--check", "-D", &data]).ok();
+        }
+    }
 }
 
 fn cut_branches_under_load(env: &TestEnv, main: &str) {
@@ -86,6 +141,16 @@ fn cut_branches_under_load(env: &TestEnv, main: &str) {
 #[test]
 fn a_btrfs_branch_of_a_busy_native_parent_is_whole() {
     a_branch_of_a_busy_parent_is_whole(Server::Native, Storage::Btrfs);
+}
+
+#[test]
+fn a_reflinked_branch_of_a_busy_native_parent_is_whole() {
+    a_branch_of_a_busy_parent_is_whole(Server::Native, Storage::Reflink);
+}
+
+#[test]
+fn a_reflinked_branch_of_a_busy_docker_parent_is_whole() {
+    a_branch_of_a_busy_parent_is_whole(Server::Docker, Storage::Reflink);
 }
 
 #[test]

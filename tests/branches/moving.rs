@@ -80,8 +80,8 @@ fn identity(env: &TestEnv) -> Vec<Value> {
         .to_vec()
 }
 
-fn there_and_back(server: Server) {
-    let Some(env) = family(server, Storage::Btrfs) else {
+fn there_and_back(server: Server, storage: Storage) {
+    let Some(env) = family(server, storage) else {
         return;
     };
     let (before, url) = (identity(&env), env.url());
@@ -112,9 +112,9 @@ fn there_and_back(server: Server) {
     assert_eq!(env.psql(&url, ALL_ROWS).text(), "main");
     assert_eq!(identity(&env), before);
 
-    let moved = move_to(&env, &env.pool(), "btrfs").json();
+    let moved = move_to(&env, &env.pool(), storage.name()).json();
     assert_eq!((env.volumes().len(), volumes_in(&plain)), (5, 0));
-    family_is_whole(&env, "btrfs");
+    family_is_whole(&env, storage.name());
     assert_eq!(identity(&env), before);
     for branch in moved["branches"].as_array().expect("an array") {
         let is_root = branch["name"] == "main";
@@ -143,12 +143,39 @@ fn bytes(value: &Value, key: &str) -> u64 {
 
 #[test]
 fn a_native_family_moves_to_plain_folders_and_back() {
-    there_and_back(Server::Native);
+    there_and_back(Server::Native, Storage::Btrfs);
 }
 
 #[test]
 fn a_docker_family_moves_to_plain_folders_and_back() {
-    there_and_back(Server::Docker);
+    there_and_back(Server::Docker, Storage::Btrfs);
+}
+
+#[test]
+fn a_family_on_xfs_moves_to_plain_folders_and_back() {
+    there_and_back(Server::Native, Storage::Reflink);
+}
+
+#[test]
+fn a_parent_and_its_child_move_to_zfs() {
+    let Some(mut env) = TestEnv::with(Server::Native, Storage::Zfs) else {
+        return;
+    };
+    let zfs = env.pool();
+    env.set("DBRANCH_POOL", plain_pool(&env));
+    env.set("DBRANCH_STORAGE", "copy");
+    env.set_up();
+    env.sql("create table t as select 'main' as v");
+    let _ = env.dbranch(&["create", "a", "--from", "main"]).ok();
+    env.sql_on("a", "insert into t values ('a')");
+    let moved = move_to(&env, &zfs, "zfs").json();
+    assert_eq!(moved["branches"][1]["shares_with"], "main", "{moved}");
+    assert_eq!(env.sql_on("a", ALL_ROWS), "a,main");
+    assert_eq!(env.sql(ALL_ROWS), "main");
+    assert_eq!(volumes_in(&plain_pool(&env)), 0);
+    let tree = env.dataset().tree();
+    assert!(tree.iter().any(|(_, origin)| origin != "-"), "{tree:?}");
+    let _ = env.dbranch(&["stop", "--all"]).ok();
 }
 
 #[test]

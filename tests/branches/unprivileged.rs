@@ -72,8 +72,34 @@ fn the_main_job_needs_no_rights_on_btrfs() {
 }
 
 #[test]
+fn the_main_job_needs_no_rights_on_xfs() {
+    the_main_job_needs_no_rights(Storage::Reflink);
+}
+
+#[test]
 fn the_main_job_needs_no_rights_with_copies() {
     the_main_job_needs_no_rights(Storage::Copy);
+}
+
+#[test]
+fn zfs_without_permission_is_said_with_what_to_allow() {
+    let Some(mut env) = env_of_nobody(Storage::Zfs) else {
+        return;
+    };
+    let dbranch = env.path("user/dbranch");
+    let _ = as_nobody(&env, &dbranch, &["init", "--yes"]).ok();
+    let allow = format!(
+        "zfs allow nobody create,clone,destroy,mount,promote,snapshot,userprop {}",
+        env.dataset().name()
+    );
+    let _ = as_nobody(&env, &dbranch, &["init-postgres"]).fails(1, &[&allow, "sudoers"]);
+    assert_eq!(env.dataset().tree(), []);
+    let _ = as_nobody(&env, &dbranch, &["shutdown"]).ok();
+    // Where the choice is dbranch's own, it goes on with what works, and says why.
+    env.set("DBRANCH_STORAGE", "auto");
+    let made = as_nobody(&env, &dbranch, &["init-postgres"]).ok();
+    let _ = made.says(&["full copy", &allow]);
+    let _ = as_nobody(&env, &dbranch, &["shutdown", "--stop-branches"]).ok();
 }
 
 #[test]

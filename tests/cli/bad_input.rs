@@ -151,19 +151,29 @@ fn an_engine_that_does_not_answer_is_named_when_docker_is_asked_for() {
     assert!(env.branches().is_empty() && env.volumes().is_empty());
 }
 
+/// Whether the environment's own folder lies on a file system for a better driver than `copy`.
+fn shares_blocks(env: &TestEnv) -> bool {
+    let file_system = env.run("stat", &["-f", "-c", "%T", "."]).text();
+    ["btrfs", "xfs", "zfs"].contains(&file_system.as_str())
+}
+
 #[test]
-fn btrfs_asked_for_where_there_is_none_is_refused() {
+fn a_driver_asked_for_where_it_cannot_work_is_refused() {
     let Some(mut env) = TestEnv::with(Server::Native, Storage::Copy) else {
         return;
     };
-    if env.run("stat", &["-f", "-c", "%T", "."]).text() == "btrfs" {
+    if shares_blocks(&env) {
         return; // then it works, as other tests show
     }
-    env.set("DBRANCH_STORAGE", "btrfs");
     env.write_config(&env.repo(), "shop", env.ports.first);
     let _ = env.dbranch(&["init", "--yes"]).ok();
-    let _ = env.dbranch(&["init-postgres"]).fails(1, &["btrfs"]);
-    assert!(env.branches().is_empty() && env.volumes().is_empty());
+    for storage in ["btrfs", "reflink"] {
+        env.set("DBRANCH_STORAGE", storage);
+        let _ = env
+            .dbranch(&["init-postgres"])
+            .fails(1, &[storage, "the file system is", "`copy`"]);
+        assert!(env.branches().is_empty() && env.volumes().is_empty());
+    }
 }
 
 #[test]
@@ -171,7 +181,7 @@ fn auto_takes_the_copy_where_nothing_better_is_and_says_what_it_costs() {
     let Some(mut env) = TestEnv::with(Server::Native, Storage::Copy) else {
         return;
     };
-    if env.run("stat", &["-f", "-c", "%T", "."]).text() == "btrfs" {
+    if shares_blocks(&env) {
         return;
     }
     env.set("DBRANCH_STORAGE", "auto");

@@ -68,8 +68,18 @@ fn a_btrfs_branch_that_was_being_made_is_there_or_not() {
 }
 
 #[test]
+fn a_reflinked_branch_that_was_being_made_is_there_or_not() {
+    create_is_rolled_back_or_finished(Storage::Reflink);
+}
+
+#[test]
 fn a_copied_branch_that_was_being_made_is_there_or_not() {
     create_is_rolled_back_or_finished(Storage::Copy);
+}
+
+#[test]
+fn a_zfs_branch_that_was_being_made_is_there_or_not() {
+    create_is_rolled_back_or_finished(Storage::Zfs);
 }
 
 #[test]
@@ -122,6 +132,24 @@ fn a_branch_that_was_being_destroyed_is_gone_and_others_are_not() {
         }
         crash_at(&mut env, step, &["delete", "b", "--now", "--yes"]);
         nothing_is_half_made(&env, &["c", "main"], 2);
+    }
+}
+
+#[test]
+fn a_zfs_parent_that_was_being_destroyed_is_gone_and_its_children_are_not() {
+    for step in ["delete:intent", "delete:destroyed"] {
+        let Some(mut env) = with_row(Storage::Zfs) else {
+            return;
+        };
+        for (name, parent) in [("b", "main"), ("c", "b"), ("d", "b")] {
+            let _ = env.dbranch(&["create", name, "--from", parent]).ok();
+        }
+        crash_at(&mut env, step, &["delete", "b", "--now", "--yes"]);
+        nothing_is_half_made(&env, &["c", "d", "main"], 3);
+        // Three volumes, and a snapshot for each of the two that have an origin.
+        wait_until(LIMIT, "no snapshot is left over", || {
+            env.dataset().tree().len() == 5
+        });
     }
 }
 

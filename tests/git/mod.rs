@@ -5,3 +5,4 @@ mod hooks;
 mod names;
 mod sync;
 mod trouble;
+mod worktrees;

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::leftovers::{containers_in, is_alive, kill_9, mounts_in, processes_in};
 use super::ports::Ports;
 use super::process::{self, Output};
-use super::{Server, Session, Storage, btrfs, required, wait_until};
+use super::{Dataset, Server, Session, Storage, required, wait_until};
 
 /// How long one command may take. Far more than any should.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
@@ -21,7 +21,7 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 /// An environment. Dropping it stops all that runs in it and asserts that nothing is left.
 pub(crate) struct TestEnv {
     base: PathBuf,
-    /// On btrfs, when the pool is there.
+    /// When the pool must lie on a file system of its own.
     pool: Option<PathBuf>,
     pub(crate) ports: Ports,
     pub(crate) storage: Storage,
@@ -29,6 +29,8 @@ pub(crate) struct TestEnv {
     image: Option<String>,
     bin_dir: Option<PathBuf>,
     vars: Vec<(String, String)>,
+    /// Where the pool is, on ZFS.
+    dataset: Option<Dataset>,
     /// Removed with the environment.
     _folders: Vec<TempDir>,
 }
@@ -50,16 +52,13 @@ impl TestEnv {
             Server::Native | Server::Native18 => None,
             Server::Docker | Server::Docker18 => Some(required(server.image())?),
         };
-        let pool = match storage {
-            Storage::Btrfs => Some(required(btrfs())?),
-            Storage::Copy => None,
-        };
+        let pool = required(storage.folder())?;
         Some(Self::make(server, storage, Some(bin_dir), image, pool))
     }
 
     /// The quickest environment that has a server, for tests to which the drivers don't matter.
     pub(crate) fn quick() -> Option<Self> {
-        let storage = if btrfs().is_ok() {
+        let storage = if Storage::Btrfs.folder().is_ok() {
             Storage::Btrfs
         } else {
             Storage::Copy
@@ -79,14 +78,20 @@ impl TestEnv {
         storage: Storage,
         bin_dir: Option<PathBuf>,
         image: Option<String>,
-        btrfs: Option<PathBuf>,
+        pool_in: Option<PathBuf>,
     ) -> Self {
         // Short, because a Unix socket's path may have 107 bytes.
         let parent = std::env::var_os("DBRANCH_TEST_TMP").unwrap_or_else(|| "/tmp".into());
         let folder = make_folder(Path::new(&parent));
         let base = folder.path().canonicalize().expect("just made");
         let mut folders = vec![folder];
-        let pool = btrfs.map(|dir| {
+        let mut dataset = None;
+        let pool = pool_in.map(|dir| {
+            if storage == Storage::Zfs {
+                let (made, pool) = Dataset::make(&dir);
+                dataset = Some(made);
+                return pool;
+            }
             let folder = make_folder(&dir);
             let pool = folder.path().canonicalize().expect("just made");
             folders.push(folder);
@@ -106,6 +111,7 @@ impl TestEnv {
             image,
             bin_dir,
             vars: Vec::new(),
+            dataset,
             _folders: folders,
         };
         env.init_repo(&env.repo());
@@ -130,6 +136,11 @@ impl TestEnv {
     /// The folder that holds the volumes.
     pub(crate) fn pool(&self) -> PathBuf {
         self.pool.clone().unwrap_or_else(|| self.path("home/pool"))
+    }
+
+    /// The dataset of the pool.
+    pub(crate) fn dataset(&self) -> &Dataset {
+        self.dataset.as_ref().expect("the storage is ZFS")
     }
 
     /// Sets a variable for all programs that follow.
@@ -281,21 +292,16 @@ impl TestEnv {
 
     #[track_caller]
     pub(crate) fn psql(&self, url: &str, sql: &str) -> Output {
-        self.run(
-            "psql",
-            &[
-                "-X",
-                "-q",
-                "-A",
-                "-t",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                url,
-                "-c",
-                sql,
-            ],
-        )
+        self.psql_in(&self.path("elsewhere"), url, sql)
+    }
+
+    /// Runs psql in a folder.
+    #[track_caller]
+    pub(crate) fn psql_in(&self, dir: &Path, url: &str, sql: &str) -> Output {
+        let mut psql = self.command("psql", dir);
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"])
+            .args(["-d", url, "-c", sql]);
+        process::run(psql, COMMAND_LIMIT)
     }
 
     /// A psql that stays connected.
@@ -410,9 +416,17 @@ impl TestEnv {
         let mut found: Vec<String> = self.containers();
         for dir in self.folders() {
             found.extend(processes_in(&dir).iter().map(|p| format!("{p:?}")));
-            found.extend(mounts_in(&dir).iter().map(|m| m.display().to_string()));
+            found.extend(self.mounts(&dir).iter().map(|m| m.display().to_string()));
         }
         found
+    }
+
+    /// The mounts in a folder of this environment, but for those that are volumes.
+    fn mounts(&self, dir: &Path) -> Vec<PathBuf> {
+        if self.dataset.is_some() && self.pool.as_deref() == Some(dir) {
+            return Vec::new();
+        }
+        mounts_in(dir)
     }
 
     fn remove_by_force(&self) {
@@ -420,7 +434,7 @@ impl TestEnv {
             for process in processes_in(&dir) {
                 kill_9(process.pid);
             }
-            for mount in mounts_in(&dir).iter().rev() {
+            for mount in self.mounts(&dir).iter().rev() {
                 let _ = Command::new("umount").arg(mount).output();
             }
         }

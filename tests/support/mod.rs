@@ -9,6 +9,7 @@ mod leftovers;
 mod ports;
 pub(crate) mod process;
 mod session;
+mod zfs;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 pub(crate) use env::{TestEnv, edit_config};
 pub(crate) use leftovers::{is_alive, kill_9, processes_in};
 pub(crate) use session::Session;
+pub(crate) use zfs::{Dataset, zfs};
 
 /// How long a test waits for something that should come at once. Generous,
 /// because a busy machine is no failure.
@@ -111,6 +113,10 @@ fn newest_server() -> PathBuf {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Storage {
     Btrfs,
+    Zfs,
+    /// On XFS.
+    Reflink,
+    /// On whatever file system the tests' own folder is.
     Copy,
 }
 
@@ -118,17 +124,35 @@ impl Storage {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
+            Self::Reflink => "reflink",
             Self::Copy => "copy",
         }
     }
-}
 
-/// A folder on btrfs, or what is missing.
-fn btrfs() -> Result<PathBuf, Missing> {
-    match std::env::var_os("DBRANCH_TEST_BTRFS") {
-        Some(dir) if Path::new(&dir).is_dir() => Ok(dir.into()),
-        Some(dir) => Err(Missing("btrfs", format!("no folder {}", dir.display()))),
-        None => Err(Missing("btrfs", "DBRANCH_TEST_BTRFS is not set".into())),
+    /// How a line that says a branch was made begins to say how.
+    pub(crate) fn method(self) -> &'static str {
+        match self {
+            Self::Btrfs => "btrfs snapshot",
+            Self::Zfs => "zfs clone",
+            Self::Reflink => "reflink of ",
+            Self::Copy => "copy of ",
+        }
+    }
+
+    /// The folder for its pool, none where any will do, or what is missing.
+    fn folder(self) -> Result<Option<PathBuf>, Missing> {
+        let (var, capability) = match self {
+            Self::Btrfs => ("DBRANCH_TEST_BTRFS", "btrfs"),
+            Self::Zfs => ("DBRANCH_TEST_ZFS", "zfs"),
+            Self::Reflink => ("DBRANCH_TEST_XFS", "xfs"),
+            Self::Copy => return Ok(None),
+        };
+        match std::env::var_os(var) {
+            Some(dir) if Path::new(&dir).is_dir() => Ok(Some(dir.into())),
+            Some(dir) => Err(Missing(capability, format!("no folder {}", dir.display()))),
+            None => Err(Missing(capability, format!("{var} is not set"))),
+        }
     }
 }
 

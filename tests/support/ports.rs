@@ -15,7 +15,7 @@ impl Ports {
 
     /// Above dbranch's own defaults, and below the range from which systems take the ports
     /// of outgoing connections.
-    const RANGE: std::ops::Range<u16> = 16_000..32_000;
+    const RANGE: std::ops::Range<u16> = 18_000..32_000;
 
     pub(crate) fn claim() -> Self {
         static NEXT: AtomicU16 = AtomicU16::new(0);

@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Name of the branch [default: the current git branch]
     #[arg(long, value_name = "NAME")]
     branch: Option<BranchName>,
-    /// Storage driver: auto, btrfs or copy [default: this machine's setting]
+    /// Storage driver: auto, btrfs, zfs, reflink or copy [default: this machine's setting]
     #[arg(long, value_name = "DRIVER")]
     storage: Option<String>,
     /// What runs postgres: auto, docker or native [default: this machine's setting]

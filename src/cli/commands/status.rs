@@ -52,6 +52,9 @@ fn fields(ui: Ui, status: &StatusInfo) -> Vec<(&'static str, String)> {
         .clone()
         .unwrap_or_else(|| "HEAD is detached".into());
     fields.push(("git", git));
+    if let Some(worktree) = &status.worktree {
+        fields.push(("worktree", worktree.display().to_string()));
+    }
     fields.push(("port", status.proxy_port.to_string()));
     fields.push((
         "branches",

@@ -101,10 +101,7 @@ impl Mover {
         new: &Place,
         what: &str,
     ) -> Result<Option<Carried>> {
-        let source = self.engine.driver(branch).await?;
-        let path = source.volume_path(&branch.volume);
-        let checked = data_dir(&path);
-        blocking(move || Ok(postgres::refuse_external(&checked)?)).await?;
+        let path = self.whole_source(branch).await?;
         let (target, from) = (self.target.clone(), path.clone());
         let shares = blocking(move || Ok(shares_with(&from, &target))).await?;
         let base = if shares || !self.target.shares_blocks() {
@@ -191,6 +188,8 @@ impl Mover {
         let begun = Instant::now();
         let (_, round) = self.round(mirror, Source::AtRest, None).await?;
         crash_point("move:verified");
+        // Equal to an empty folder, if a disk has just been unmounted, is not enough.
+        postgres::major(&data_dir(&self.target.volume_path(&new.volume)))?;
         registry.turn_move(&branch.id, &old, new)?;
         crash_point("move:turned");
         debug!(branch = %branch.name, files = round.files, bytes = round.written_bytes,

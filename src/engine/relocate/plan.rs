@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::{Moved, MovedBranch, Mover, nearest};
 use crate::engine::create::human_bytes;
 use crate::engine::{EngineError, Result, blocking};
+use crate::postgres;
 use crate::registry::{BranchRecord, Stage};
 use crate::storage::{self, Estimate, StorageDriver};
 use crate::types::BranchName;
@@ -54,9 +55,23 @@ impl Mover {
         Ok(plan)
     }
 
+    /// The volume of a branch, with all that is in it: where volumes are mounts, an empty folder
+    /// may stand in the place of one.
+    pub(super) async fn whole_source(&self, branch: &BranchRecord) -> Result<PathBuf> {
+        let (driver, volume) = (self.engine.driver(branch).await?, branch.volume.clone());
+        blocking(move || {
+            driver.make_reachable(&volume)?;
+            let path = driver.volume_path(&volume);
+            let data_dir = crate::engine::data_dir(&path);
+            postgres::major(&data_dir)?;
+            postgres::refuse_external(&data_dir)?;
+            Ok(path)
+        })
+        .await
+    }
+
     async fn look_at(&self, branch: &BranchRecord, all: &[BranchRecord]) -> Result<Planned> {
-        let driver = self.engine.driver(branch).await?;
-        let path = driver.volume_path(&branch.volume);
+        let path = self.whole_source(branch).await?;
         // Those that are there by then: all that are older, and what is there already.
         let base = nearest(branch, all, |b| self.has(b) || is_older(b, branch))
             .filter(|_| self.target.shares_blocks());

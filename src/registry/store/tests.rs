@@ -60,6 +60,7 @@ fn records_come_back_as_they_were_written() {
         branch: Some(branch.id.clone()),
         previous: None,
         head: Some("ref: x".into()),
+        port: None,
     };
     registry.put_endpoint(&endpoint).unwrap();
     drop(registry);
@@ -231,6 +232,7 @@ fn endpoints_never_lead_to_what_is_gone_or_in_the_trash() {
             branch: Some(trashed.id.clone()),
             previous: Some(BranchId::random()),
             head: None,
+            port: None,
         })
         .unwrap();
     let found = registry.endpoints(&project.id).unwrap().remove(0);

@@ -1,6 +1,6 @@
 //! The container of an instance.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use crate::runtime::prepare::{self, PORT};
 use crate::runtime::{
     Exit, Handle, Instance, InstanceSpec, STOP_GRACE, Server, StopMode, blocking, postgres_args,
 };
-use crate::types::{BackendAddress, Owner};
+use crate::types::{BackendAddress, BranchId, Owner, ProjectId};
 
 const PROJECT: &str = "dev.dbranch.project";
 const BRANCH: &str = "dev.dbranch.branch";
@@ -99,6 +99,18 @@ impl Docker {
         spec: &InstanceSpec,
     ) -> Result<Option<Instance>, RuntimeError> {
         self.look(spec, false).await
+    }
+
+    /// The branches of a project that have a container, in whatever state.
+    pub(in crate::runtime) async fn may_run(
+        &self,
+        project: &ProjectId,
+    ) -> Result<HashSet<BranchId>, RuntimeError> {
+        let found = self.list(&[format!("{PROJECT}={project}")]).await?;
+        Ok(found
+            .into_iter()
+            .filter_map(|container| BranchId::new(container.labels?.remove(BRANCH)?).ok())
+            .collect())
     }
 
     /// Finds the instance and removes what is left of earlier ones. A container

@@ -1,8 +1,6 @@
 //! The file system calls that have no safe wrapper, and nothing else.
 //!
-//! Numbers and layouts are those of `linux/btrfs.h`, `linux/fs.h` and
-//! `linux/fiemap.h`; see `ioctl_ficlone(2)` and the kernel's
-//! `Documentation/filesystems/fiemap.rst`.
+//! Numbers and layouts are those of `linux/btrfs.h`.
 #![expect(unsafe_code, reason = "ioctl(2) is untyped; its only callers are here")]
 
 use std::ffi::OsStr;
@@ -35,47 +33,12 @@ struct VolArgs {
     name: [u8; 4088],
 }
 
-/// Extents asked for by one call: 14 KiB of buffer.
-const EXTENTS: usize = 256;
-
-/// `struct fiemap` with its trailing array.
-#[repr(C)]
-struct Fiemap {
-    start: u64,
-    length: u64,
-    flags: u32,
-    mapped_extents: u32,
-    extent_count: u32,
-    reserved: u32,
-    extents: [Extent; EXTENTS],
-}
-
-/// `struct fiemap_extent`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Extent {
-    logical: u64,
-    physical: u64,
-    length: u64,
-    reserved64: [u64; 2],
-    flags: u32,
-    reserved: [u32; 3],
-}
-
-const EXTENT_LAST: u32 = 0x1;
-/// The data lies in the metadata, as small files' does.
-const EXTENT_INLINE: u32 = 0x200;
-const EXTENT_SHARED: u32 = 0x2000;
-
 mod raw {
-    use super::{BTRFS_MAGIC, Fiemap, VolArgs, VolArgsV2};
+    use super::{BTRFS_MAGIC, VolArgs, VolArgsV2};
 
     nix::ioctl_write_ptr!(subvol_create_v2, BTRFS_MAGIC, 24, VolArgsV2);
     nix::ioctl_write_ptr!(snap_create_v2, BTRFS_MAGIC, 23, VolArgsV2);
     nix::ioctl_write_ptr!(snap_destroy, BTRFS_MAGIC, 15, VolArgs);
-    nix::ioctl_write_int!(ficlone, BTRFS_MAGIC, 9);
-    // The number counts `struct fiemap` without its array: 32 bytes.
-    nix::ioctl_readwrite_bad!(fiemap, nix::request_code_readwrite!(b'f', 11, 32), Fiemap);
 }
 
 /// The name as the kernel wants it. Names come from ids and so are short; a
@@ -131,57 +94,6 @@ pub(super) fn destroy_subvolume(folder: BorrowedFd<'_>, name: &OsStr) -> Result<
     unsafe { raw::snap_destroy(folder.as_raw_fd(), &raw const args) }.map(drop)
 }
 
-/// Makes the empty file `to` share all blocks of `from` (`FICLONE`).
-pub(in crate::storage) fn share_file(
-    from: BorrowedFd<'_>,
-    to: BorrowedFd<'_>,
-) -> Result<(), Errno> {
-    let source = nix::libc::c_ulong::try_from(from.as_raw_fd()).map_err(|_| Errno::EBADF)?;
-    // SAFETY: both descriptors are open for the call's time and no memory is passed.
-    unsafe { raw::ficlone(to.as_raw_fd(), source as _) }.map(drop)
-}
-
-/// Bytes of a file's extents that no other file shares (`FS_IOC_FIEMAP`). Data
-/// kept inside the metadata isn't counted.
-pub(in crate::storage) fn unshared_bytes(file: BorrowedFd<'_>) -> Result<u64, Errno> {
-    let mut map = Fiemap {
-        start: 0,
-        length: u64::MAX,
-        flags: 0,
-        mapped_extents: 0,
-        extent_count: 256,
-        reserved: 0,
-        extents: [Extent {
-            logical: 0,
-            physical: 0,
-            length: 0,
-            reserved64: [0; 2],
-            flags: 0,
-            reserved: [0; 3],
-        }; EXTENTS],
-    };
-    let mut bytes = 0;
-    loop {
-        // SAFETY: the descriptor is open for the call's time; `map` has the layout the number
-        // promises, and `extent_count` is the room its array has, so the kernel writes inside it.
-        unsafe { raw::fiemap(file.as_raw_fd(), &raw mut map) }?;
-        let mapped = usize::try_from(map.mapped_extents).map_or(EXTENTS, |n| n.min(EXTENTS));
-        let extents = &map.extents[..mapped];
-        bytes += extents
-            .iter()
-            .filter(|e| e.flags & (EXTENT_SHARED | EXTENT_INLINE) == 0)
-            .map(|e| e.length)
-            .sum::<u64>();
-        match extents.last() {
-            Some(last) if last.flags & EXTENT_LAST == 0 => {
-                map.start = last.logical + last.length;
-                map.length = u64::MAX - map.start;
-            }
-            _ => return Ok(bytes),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,8 +102,6 @@ mod tests {
     fn structures_have_the_kernels_sizes() {
         assert_eq!(size_of::<VolArgsV2>(), 4096);
         assert_eq!(size_of::<VolArgs>(), 4096);
-        assert_eq!(size_of::<Extent>(), 56);
-        assert_eq!(size_of::<Fiemap>(), 32 + 56 * EXTENTS);
     }
 
     #[test]

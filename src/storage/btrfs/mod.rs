@@ -14,9 +14,10 @@ use nix::errno::Errno;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, statfs};
 
 use super::pool::{self, DOOMED, Pool};
+use super::usage::Survey;
 use super::{
     CloneMethod, Consistency, DriverKind, Omit, Progress, Space, StorageDriver, StorageError,
-    Usage, usage,
+    Usage, Usages,
 };
 use crate::types::VolumeId;
 
@@ -31,13 +32,17 @@ const METADATA_BYTES: u64 = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Btrfs {
     pool: Pool,
+    survey: Survey,
 }
 
 impl Btrfs {
     /// Tries in the pool itself whether subvolumes can be made, snapshotted and
     /// destroyed. `Unsupported` says why not.
     pub(super) fn open(pool: Pool) -> Result<Self, StorageError> {
-        let driver = Self { pool };
+        let driver = Self {
+            pool,
+            survey: Survey::default(),
+        };
         let unsupported = |reason: String| StorageError::Unsupported {
             driver: DriverKind::Btrfs,
             path: driver.pool.path().to_owned(),
@@ -199,7 +204,7 @@ impl StorageDriver for Btrfs {
             return Err(StorageError::Unsupported {
                 driver: DriverKind::Btrfs,
                 path: source,
-                reason: "this volume is a plain folder, made by the driver `copy`".into(),
+                reason: "this volume is a plain folder, made file by file by another driver".into(),
             });
         }
         self.snapshot(OsStr::new(from.as_str()), OsStr::new(to.as_str()))?;
@@ -234,7 +239,11 @@ impl StorageDriver for Btrfs {
     }
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError> {
-        usage::measure(&self.pool.must_exist(id)?, true)
+        self.survey.usage(&self.pool, id, true)
+    }
+
+    fn usage_of_all(&self, ids: &[VolumeId]) -> Result<Usages, StorageError> {
+        self.survey.look(&self.pool, ids, true)
     }
 
     fn space(&self) -> Result<Space, StorageError> {

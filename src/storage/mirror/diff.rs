@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use super::super::copy::file::next_data;
+use super::super::files::file::next_data;
 
 /// What is compared and written in one piece: PostgreSQL's page (`BLCKSZ`).
 pub(super) const BLOCK: usize = 8192;

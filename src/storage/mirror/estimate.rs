@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::super::copy::tree::Tree;
+use super::super::StorageError;
 use super::super::usage::allocated_bytes;
-use super::super::{Omit, StorageError};
 use super::diff::BLOCK;
+use super::tree::Tree;
 
 /// Blocks of a file that are looked at: a file up to 512 KiB is known for sure.
 const SAMPLES: u64 = 64;
@@ -27,7 +27,7 @@ pub struct Estimate {
 /// change is taken for the same; of others 64 blocks are compared. Good
 /// enough to see whether room will do, and for nothing else.
 pub fn estimate(from: &Path, base: Option<&Path>) -> Result<Estimate, StorageError> {
-    let tree = Tree::read(from, Path::new(""), Omit::NOTHING)?;
+    let tree = Tree::read(from)?;
     let mut own_bytes = 0;
     for (name, meta) in &tree.files {
         own_bytes += match base {

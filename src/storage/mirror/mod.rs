@@ -20,6 +20,7 @@
 
 mod diff;
 mod estimate;
+mod tree;
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
@@ -35,9 +36,9 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::unistd::Uid;
 
 pub use self::estimate::{Estimate, estimate};
-use super::copy::file::{self, Copied, Pair};
-use super::copy::tree::Tree;
-use super::{Omit, StorageError, copy, pool};
+use self::tree::{Kind, Tree};
+use super::files::file::{self, At};
+use super::{StorageError, files, pool};
 use crate::types::VolumeId;
 
 /// How long before its reading a file must have been left alone, so that its times tell
@@ -161,8 +162,8 @@ impl Mirror {
         if self.clock.was_set_back() || !self.has_our_clock {
             self.seen.clear();
         }
-        let ours = Tree::read(&self.from, Path::new(""), Omit::NOTHING)?;
-        let theirs = Tree::read(&self.to, Path::new(""), Omit::NOTHING)?;
+        let ours = Tree::read(&self.from)?;
+        let theirs = Tree::read(&self.to)?;
         self.remove_what_is_not_wanted(&ours, &theirs)?;
         for (name, _) in &ours.folders {
             let path = self.to.join(name);
@@ -184,7 +185,7 @@ impl Mirror {
             file::keep_attributes(&folder, meta)
                 .map_err(|e| self.failed("set the mode of", &path, e))?;
         }
-        copy::sync(&self.to).map_err(|e| self.failed("sync", &self.to, e))?;
+        files::sync(&self.to).map_err(|e| self.failed("sync", &self.to, e))?;
         if source == Source::AtRest {
             self.verify(&ours, &touched.files)?;
         }
@@ -196,8 +197,8 @@ impl Mirror {
 
     /// Removes from the target what the source has not, or has as something else.
     fn remove_what_is_not_wanted(&self, ours: &Tree, theirs: &Tree) -> Result<(), StorageError> {
-        let wanted: HashMap<&Path, Kind> = entries(ours).map(|(n, kind, _)| (n, kind)).collect();
-        let all: Vec<_> = entries(theirs).collect();
+        let wanted: HashMap<&Path, Kind> = ours.entries().map(|(n, kind, _)| (n, kind)).collect();
+        let all: Vec<_> = theirs.entries().collect();
         // Folders come first and each before what is in it, so backwards they are empty.
         for (name, kind, _) in all.into_iter().rev() {
             if wanted.get(name) == Some(&kind) {
@@ -306,52 +307,63 @@ impl Mirror {
     /// Brings one file over; nothing if it is gone.
     fn bring_file(&self, name: &Path, step: &dyn Fn(u64)) -> Result<Option<Brought>, StorageError> {
         let (path, to_path) = (self.from.join(name), self.to.join(name));
-        let from = match file::open_regular(&path) {
-            Ok(from) => from,
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput) => {
-                return Ok(None);
-            }
+        let from = match open_source(&path) {
+            Ok(Some(from)) => from,
+            Ok(None) => return Ok(None),
+            // It has become something else.
+            Err(e) if e.kind() == ErrorKind::InvalidInput => return Ok(None),
             Err(e) => return Err(self.failed("open", &path, e)),
         };
-        // Before it is read: what is written from here on shows.
-        let meta = from.metadata().map_err(|e| self.failed("read", &path, e))?;
-        let seen = Seen::at(&meta, SystemTime::now());
-        let to = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits())
-            .open(&to_path);
-        let brought = match to {
-            Ok(to) if !self.shares => diff::bring_over(&from, &to, step).and_then(|parts| {
-                file::keep_attributes(&to, &meta)?;
-                let written_bytes = parts.iter().map(|part| part.end - part.start).sum();
-                Ok(Some((written_bytes, parts)))
-            }),
-            Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-            found => found
-                .map_or(Ok(()), |_| fs::remove_file(&to_path))
-                .and_then(|()| {
-                    let pair = Pair {
-                        from: &path,
-                        to: &to_path,
-                    };
-                    let all = Range {
-                        start: 0,
-                        end: meta.len(),
-                    };
-                    Ok(match file::copy(pair, true, step)? {
-                        Copied::Shared(_) => Some((0, vec![all])),
-                        Copied::Written(bytes) => Some((bytes, vec![all])),
-                        Copied::Vanished => None,
-                    })
-                }),
-        };
-        let brought = brought.map_err(|e| self.failed("copy", &path, e))?;
-        Ok(brought.map(|(written_bytes, parts)| Brought {
+        // Opened, but not read yet: what is written from here on shows.
+        let seen = Seen::at(from.meta(), SystemTime::now());
+        let (written_bytes, parts) = self
+            .put(&from, &to_path, step)
+            .map_err(|e| self.failed("copy", &path, e))?;
+        Ok(Some(Brought {
             seen,
             written_bytes,
             parts,
         }))
+    }
+
+    /// Makes the file at `to_path` like `from`; says how many bytes that took, and of which parts it
+    /// isn't known from comparing that they are equal.
+    fn put(
+        &self,
+        from: &file::Source,
+        to_path: &Path,
+        step: &dyn Fn(u64),
+    ) -> io::Result<(u64, Vec<Range<u64>>)> {
+        if !self.shares {
+            let there = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits())
+                .open(to_path);
+            match there {
+                Ok(to) => {
+                    let parts = diff::bring_over(from.file(), &to, step)?;
+                    file::keep_attributes(&to, from.meta())?;
+                    let written_bytes = parts.iter().map(|part| part.end - part.start).sum();
+                    return Ok((written_bytes, parts));
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let folder = File::open(to_path.parent().unwrap_or(to_path))?;
+        let to = At {
+            folder: &folder,
+            name: to_path.file_name().unwrap_or_default(),
+        };
+        to.remove()?;
+        let all = whole(from.meta());
+        if self.shares && from.share(to)? {
+            step(from.allocated_bytes());
+            return Ok((0, vec![all]));
+        }
+        from.write(to, step)?;
+        Ok((from.allocated_bytes(), vec![all]))
     }
 
     /// Compares the volumes: names, kinds, lengths, modes, owners and times of all there is, and
@@ -361,15 +373,15 @@ impl Mirror {
         ours: &Tree,
         touched: &[(PathBuf, Vec<Range<u64>>)],
     ) -> Result<(), StorageError> {
-        let theirs = Tree::read(&self.to, Path::new(""), Omit::NOTHING)?;
+        let theirs = Tree::read(&self.to)?;
         let unequal = |name: &Path, what: &'static str| StorageError::Unequal {
             path: self.to.join(name),
             what,
         };
         let mut there: HashMap<&Path, (Kind, &Metadata)> =
-            entries(&theirs).map(|(n, k, m)| (n, (k, m))).collect();
+            theirs.entries().map(|(n, k, m)| (n, (k, m))).collect();
         let by_root = Uid::effective().is_root();
-        for (name, kind, meta) in entries(ours) {
+        for (name, kind, meta) in ours.entries() {
             let (found, its) = there
                 .remove(name)
                 .ok_or_else(|| unequal(name, "it is missing"))?;
@@ -394,32 +406,53 @@ impl Mirror {
                 return Err(unequal(name, "it has another length"));
             }
             if kind == Kind::File && meta.modified().ok() != its.modified().ok() {
-                return Err(unequal(name, "it has another time of change"));
+                // Somebody wrote to it, or the file system took its time to write (FUSE does).
+                self.verify_parts(name, &[whole(meta)])?;
+                self.set_time(name, meta)?;
             }
         }
         if let Some(name) = there.into_keys().next() {
             return Err(unequal(name, "there is no such file in the source"));
         }
         for (name, parts) in touched {
-            let open = |root: &Path| {
-                File::open(root.join(name)).map_err(|e| self.failed("open", &root.join(name), e))
-            };
-            let equal = diff::are_equal_in(&open(&self.from)?, &open(&self.to)?, parts)
-                .map_err(|e| self.failed("read", &self.to.join(name), e))?;
-            if !equal {
-                return Err(unequal(name, "its content differs"));
-            }
+            self.verify_parts(name, parts)?;
         }
         Ok(())
+    }
+
+    /// Compares some parts of a file.
+    fn verify_parts(&self, name: &Path, parts: &[Range<u64>]) -> Result<(), StorageError> {
+        let open = |root: &Path| {
+            File::open(root.join(name)).map_err(|e| self.failed("open", &root.join(name), e))
+        };
+        let equal = diff::are_equal_in(&open(&self.from)?, &open(&self.to)?, parts)
+            .map_err(|e| self.failed("read", &self.to.join(name), e))?;
+        if equal {
+            return Ok(());
+        }
+        Err(StorageError::Unequal {
+            path: self.to.join(name),
+            what: "its content differs",
+        })
+    }
+
+    fn set_time(&self, name: &Path, meta: &Metadata) -> Result<(), StorageError> {
+        let path = self.to.join(name);
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_modified(meta.modified()?))
+            .map_err(|e| self.failed("set the time of", &path, e))
     }
 
     fn failed(&self, action: &'static str, path: &Path, source: io::Error) -> StorageError {
         match source.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
                 let pool = self.to.parent().unwrap_or(&self.to);
-                StorageError::NoRoom {
-                    path: pool.to_owned(),
-                    needed_bytes: copy::MARGIN_BYTES,
+                StorageError::Full {
+                    action,
+                    path: path.to_owned(),
+                    pool: pool.to_owned(),
                     free_bytes: pool::space_of(pool).map_or(0, |s| s.free_bytes),
                 }
             }
@@ -448,24 +481,6 @@ struct Touched {
     files: Vec<(PathBuf, Vec<Range<u64>>)>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Folder,
-    File,
-    Link,
-}
-
-/// All of a tree, folders first and each before what is in it.
-fn entries(tree: &Tree) -> impl DoubleEndedIterator<Item = (&Path, Kind, &Metadata)> {
-    let folders = tree
-        .folders
-        .iter()
-        .map(|(n, m)| (n.as_path(), Kind::Folder, m));
-    let files = tree.files.iter().map(|(n, m)| (n.as_path(), Kind::File, m));
-    let links = tree.links.iter().map(|(n, m)| (n.as_path(), Kind::Link, m));
-    folders.chain(files).chain(links)
-}
-
 /// Whether the kernel stamps the files in a folder by this machine's clock, at every write.
 #[cfg(target_os = "linux")]
 fn has_our_clock(folder: &Path) -> bool {
@@ -489,24 +504,40 @@ fn has_our_clock(folder: &Path) -> bool {
     pool::file_system_name(folder) == "apfs"
 }
 
-/// Whether files in the pool can share blocks with `file`, found by trying.
-#[cfg(target_os = "linux")]
-pub fn can_share(file: &Path, pool: &Path) -> bool {
-    use std::os::fd::AsFd;
-    let path = pool.join(format!(".{}{}", VolumeId::random(), copy::PROBE));
-    let tried = File::open(file).and_then(|from| {
-        let to = File::create_new(&path)?;
-        Ok(super::btrfs::ioctl::share_file(from.as_fd(), to.as_fd()).is_ok())
-    });
-    let _ = fs::remove_file(&path);
-    tried.unwrap_or(false)
+/// All of a file.
+fn whole(meta: &Metadata) -> Range<u64> {
+    0..meta.len()
 }
 
-/// Whether files in the pool can share blocks with `file`: on one volume of APFS.
-#[cfg(not(target_os = "linux"))]
+/// Opens a file to be brought over; none if it is gone.
+fn open_source(path: &Path) -> io::Result<Option<file::Source>> {
+    let folder = match File::open(path.parent().unwrap_or(path)) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    file::Source::open(At {
+        folder: &folder,
+        name: path.file_name().unwrap_or_default(),
+    })
+}
+
+/// Whether files in the pool can share blocks with `file`, found by trying.
 pub fn can_share(file: &Path, pool: &Path) -> bool {
-    let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
-    pool::file_system_name(pool) == "apfs" && device(file) == device(pool)
+    // Named as what is half made, so that it goes with a sweep if this is its last moment.
+    let folder = pool.join(format!("{}{}", VolumeId::random(), pool::PARTIAL));
+    let tried = || {
+        let Some(from) = open_source(file)? else {
+            return Ok(false);
+        };
+        DirBuilder::new().mode(0o700).create(&folder)?;
+        from.share(At {
+            folder: &File::open(&folder)?,
+            name: "probe".as_ref(),
+        })
+    };
+    let shared: io::Result<bool> = tried();
+    let _ = fs::remove_dir_all(&folder);
+    shared.unwrap_or(false)
 }
 
 #[cfg(test)]
@@ -633,7 +664,13 @@ mod tests {
         bench.age();
         bench.round(Source::InUse);
         let content = fs::read(bench.to("base/1/1259")).unwrap();
-        fs::write(bench.to("base/1/1259"), content).unwrap();
+        let old = fs::metadata(bench.to("base/1/1259")).unwrap().modified();
+        // Touched, but as it was: that is put right.
+        fs::write(bench.to("base/1/1259"), &content).unwrap();
+        bench.round(Source::AtRest);
+        let now = fs::metadata(bench.to("base/1/1259")).unwrap().modified();
+        assert_eq!(now.unwrap(), old.unwrap());
+        fs::write(bench.to("base/1/1259"), vec![0; content.len()]).unwrap();
         let error = bench.mirror.round(Source::AtRest, QUIET, ALL).unwrap_err();
         assert!(
             matches!(&error, StorageError::Unequal { path, .. } if path.ends_with("1259")),
@@ -707,7 +744,7 @@ mod tests {
         let common: Vec<u8> = (0..4_000_000u32).map(|i| (i % 251) as u8).collect();
         fs::write(driver.create_volume(&base).unwrap().join("1"), &common).unwrap();
         driver
-            .clone_volume(&base, &new, Omit::NOTHING, &|_, _| {})
+            .clone_volume(&base, &new, crate::storage::Omit::NOTHING, &|_, _| {})
             .unwrap();
         let source = tempfile::tempdir().unwrap();
         let mut content = common;
