@@ -293,6 +293,10 @@ pub(super) struct Query {
 pub(super) struct Searcher(Box<SearchArgs>);
 
 impl Searcher {
+    #[expect(
+        clippy::large_stack_arrays,
+        reason = "it moves to the heap, and threads have 2 MiB"
+    )]
     pub(super) fn new() -> Self {
         Self(Box::new(SearchArgs {
             key: SearchKey {

@@ -12,7 +12,7 @@ type Members = Box<[u64]>;
 #[derive(Debug)]
 struct Sets {
     words: usize,
-    sets: Vec<Members>,
+    all: Vec<Members>,
     numbers: HashMap<Members, usize>,
     joined: HashMap<(usize, usize), usize>,
 }
@@ -22,7 +22,7 @@ impl Sets {
     fn new(volumes: usize) -> Self {
         let mut sets = Self {
             words: volumes.div_ceil(64),
-            sets: Vec::new(),
+            all: Vec::new(),
             numbers: HashMap::new(),
             joined: HashMap::new(),
         };
@@ -39,9 +39,9 @@ impl Sets {
             return *known;
         }
         let members: Members = members.into();
-        self.sets.push(members.clone());
-        self.numbers.insert(members, self.sets.len() - 1);
-        self.sets.len() - 1
+        self.all.push(members.clone());
+        self.numbers.insert(members, self.all.len() - 1);
+        self.all.len() - 1
     }
 
     fn join(&mut self, a: usize, b: usize) -> usize {
@@ -52,9 +52,9 @@ impl Sets {
         if let Some(known) = self.joined.get(&pair) {
             return *known;
         }
-        let members: Vec<u64> = self.sets[a]
+        let members: Vec<u64> = self.all[a]
             .iter()
-            .zip(&self.sets[b])
+            .zip(&self.all[b])
             .map(|(a, b)| a | b)
             .collect();
         let number = self.number(&members);
@@ -63,7 +63,7 @@ impl Sets {
     }
 
     fn members(&self, set: usize) -> impl Iterator<Item = usize> {
-        self.sets[set].iter().enumerate().flat_map(|(at, word)| {
+        self.all[set].iter().enumerate().flat_map(|(at, word)| {
             let mut word = *word;
             std::iter::from_fn(move || {
                 let bit = word.trailing_zeros();
@@ -108,7 +108,7 @@ pub(super) fn lay(volumes: &[Vec<Chunk>]) -> Laid {
     let mut layers = layers(volumes, &mut sets);
     layers.sort_unstable_by_key(|layer| (layer.start, layer.end));
     let mut sums = Sums {
-        held: vec![0; sets.sets.len()],
+        held: vec![0; sets.all.len()],
         used_alone: vec![0; volumes.len()],
     };
     let mut counts = vec![0_u32; volumes.len()];

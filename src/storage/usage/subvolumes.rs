@@ -164,7 +164,7 @@ fn follow_models(
         let suspects = models.get(&at).and_then(|model| changed.get(model));
         let suspects = suspects.cloned().unwrap_or_default();
         match read[at].refresh(reader, suspects) {
-            Ok(changes) => drop(changed.insert(at, changes.inodes)),
+            Ok(found) => drop(changed.insert(at, found.inodes)),
             // Destroyed meanwhile; the next look drops it.
             Err(Errno::ENOENT) => {}
             Err(e) => return Err(e),

@@ -38,7 +38,7 @@ struct Inode {
     /// The transaction that last changed it.
     changed: u64,
     size: u64,
-    /// Allocated, as st_blocks counts.
+    /// Allocated, as `st_blocks` counts.
     allocated: u64,
     links: u32,
     is_folder: bool,
