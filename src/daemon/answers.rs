@@ -31,6 +31,10 @@ pub(super) fn state(state: &InstanceState, record: &BranchRecord) -> BranchState
 
 pub(super) fn branch(view: &BranchView) -> BranchInfo {
     let record = &view.record;
+    let failure = match &view.state {
+        InstanceState::Failed { error, .. } => Some(error),
+        _ => None,
+    };
     BranchInfo {
         id: record.id.clone(),
         name: record.name.clone(),
@@ -41,6 +45,8 @@ pub(super) fn branch(view: &BranchView) -> BranchInfo {
         created_at: timestamp(record.created_at),
         trashed_at: record.trashed_at.map(timestamp),
         expires_at: Engine::expiry(record).map(timestamp),
+        failure: failure.map(|e| e.message.clone()),
+        failure_hint: failure.and_then(|e| e.hint.clone()),
     }
 }
 
@@ -51,13 +57,13 @@ pub(super) async fn details(
 ) -> Result<BranchDetails, EngineError> {
     let view = engine.view_of(at, record)?;
     let (credentials, _) = engine.connect_info(at, Some(&record.name)).await?;
-    let usage = engine.usage_of(record).await.ok();
+    let usage = engine.usage_if_quick(record).await;
     Ok(BranchDetails {
         info: branch(&view),
         storage: record.driver.clone(),
         runtime: record.server.runtime.clone(),
         url: credentials.url(),
-        volume: engine.volume(record).await?,
+        volume: engine.volume(record)?,
         backend: match engine.backend(record) {
             BackendAddress::Unix { dir, port } => Backend::Unix { unix: dir, port },
             BackendAddress::Tcp { host, port } => Backend::Tcp { tcp: host, port },
@@ -66,10 +72,6 @@ pub(super) async fn details(
         log_file: engine.log_file(record),
         children: engine.children(record)?,
         sessions: view.sessions,
-        failure: match view.state {
-            InstanceState::Failed { error, .. } => Some(error.message),
-            _ => None,
-        },
         logical_bytes: usage.map(|u| u.logical_bytes),
         exclusive_bytes: usage.map(|u| u.exclusive_bytes),
     })

@@ -203,7 +203,11 @@ fn refusal(e: &EngineError) -> RouteError {
         message: e.message.clone(),
         detail: None,
         hint: e.hint.as_ref().map(|hint| match hint.split(' ').next() {
-            Some("dbranch" | "git") => format!("Run \"{hint}\"."),
+            Some(
+                "dbranch" | "git" | "sudo" | "mount" | "chmod" | "chown" | "fsfreeze" | "systemctl",
+            ) => {
+                format!("Run \"{hint}\".")
+            }
             _ => hint.clone(),
         }),
     }

@@ -141,7 +141,16 @@ impl Engine {
         crash_point("delete:intent");
         self.withdraw(branch);
         self.stop_in_turn(slot, live, StopMode::Immediate).await?;
-        self.erase(branch).await?;
+        if let Err(e) = self.erase(branch).await {
+            // A disk that lets nothing be destroyed: what is whole stays a branch.
+            if self.volume(branch)?.exists() {
+                self.0.registry.set_stage(&branch.id, Stage::Ready)?;
+                if branch.trashed_at.is_none() {
+                    self.publish(branch).await;
+                }
+            }
+            return Err(e.about_pool(&branch.pool).or_hint("dbranch doctor"));
+        }
         self.drop_slot(&branch.id);
         info!(branch = %branch.name, "destroyed");
         Ok(DeletedBranch {

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use super::trouble::Trouble;
 use crate::config::ConfigError;
 use crate::git::GitError;
 use crate::postgres::{AdminError, BadSetting, ClusterError};
-use crate::registry::RegistryError;
+use crate::registry::{BranchRecord, RegistryError};
 use crate::runtime::RuntimeError;
 use crate::storage::StorageError;
 use crate::types::BranchName;
@@ -47,6 +48,11 @@ impl EngineError {
         }
     }
 
+    /// A word that stands for nothing known; the message says what there is.
+    pub(crate) fn unknown_word(message: impl Into<String>) -> Self {
+        Self::refused(message).hint("see the command's `--help`")
+    }
+
     pub(crate) fn bug(message: impl Into<String>) -> Self {
         Self {
             kind: Kind::Bug,
@@ -72,6 +78,39 @@ impl EngineError {
         self
     }
 
+    /// Message and next step, for where there is one line.
+    pub(crate) fn in_one_line(&self) -> String {
+        match &self.hint {
+            Some(hint) => format!("{} ({hint})", self.message),
+            None => self.message.clone(),
+        }
+    }
+
+    /// Where a disk is at fault, says what mends it.
+    #[must_use]
+    pub(crate) fn about_pool(mut self, pool: &Path) -> Self {
+        self.hint = self.hint.or_else(|| disk_hint(&self.message, pool));
+        self
+    }
+
+    /// [`EngineError::about_pool`] of a branch that can be started again then.
+    #[must_use]
+    pub(crate) fn about_disk_of(mut self, branch: &BranchRecord) -> Self {
+        if self.hint.is_none()
+            && let Some(trouble) = Trouble::in_text(&self.message)
+        {
+            self.hint = Some(trouble.hint(&branch.pool, Some(&branch.name)));
+        }
+        self
+    }
+
+    /// Says what to look at where nothing better is known.
+    #[must_use]
+    pub(crate) fn or_hint(mut self, hint: &str) -> Self {
+        self.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
     /// Names the parent whose clone failed, and what to look at.
     #[must_use]
     pub(crate) fn while_cloning(mut self, parent: &BranchName) -> Self {
@@ -81,7 +120,12 @@ impl EngineError {
     }
 
     pub(crate) fn io(action: &str, path: &Path, e: &std::io::Error) -> Self {
-        Self::refused(format!("{action} {}: {e}", path.display()))
+        let message = format!("{action} {}: {e}", path.display());
+        Self {
+            kind: Kind::Refused,
+            hint: disk_hint(&message, path),
+            message,
+        }
     }
 
     pub(crate) fn no_root() -> Self {
@@ -125,12 +169,28 @@ impl From<RegistryError> for EngineError {
 
 impl From<StorageError> for EngineError {
     fn from(e: StorageError) -> Self {
+        let message = e.to_string();
+        let hint = e.hint().or_else(|| match &e {
+            StorageError::Io { path, .. } => disk_hint(&message, path),
+            _ => None,
+        });
         Self {
             kind: Kind::Refused,
-            hint: e.hint(),
-            message: e.to_string(),
+            message,
+            hint,
         }
     }
+}
+
+impl From<crate::storage::image::Refused> for EngineError {
+    fn from(e: crate::storage::image::Refused) -> Self {
+        Self::refused(e.message).hint(e.hint)
+    }
+}
+
+/// What mends a disk that a message complains of.
+fn disk_hint(message: &str, path: &Path) -> Option<String> {
+    Some(Trouble::in_text(message)?.hint(path, None))
 }
 
 impl From<RuntimeError> for EngineError {
@@ -151,10 +211,15 @@ impl From<RuntimeError> for EngineError {
 
 impl From<ClusterError> for EngineError {
     fn from(e: ClusterError) -> Self {
+        let message = e.to_string();
+        let hint = e.hint().or_else(|| match &e {
+            ClusterError::Io { path, .. } => disk_hint(&message, path),
+            _ => None,
+        });
         Self {
             kind: Kind::Refused,
-            hint: e.hint(),
-            message: e.to_string(),
+            message,
+            hint,
         }
     }
 }

@@ -216,6 +216,11 @@ impl Engine {
         {
             outcome.notes.push(e.message);
         }
+        if outcome.created.is_none()
+            && let Err(e) = self.branch_is_there(&branch).await
+        {
+            outcome.notes.push(e.in_one_line());
+        }
         let note = self.run_commands(&project, location, &branch, &outcome);
         outcome.notes.extend(note);
         if urge == Urge::Hint {

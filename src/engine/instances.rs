@@ -9,7 +9,8 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tracing::{info, warn};
 
 use super::recut::Origin;
-use super::{ADMIN, Engine, EngineError, Result, Secret, data_dir, lock};
+use super::trouble::complaint;
+use super::{ADMIN, Engine, EngineError, Result, Secret, blocking, data_dir, lock};
 use crate::postgres::{self, Admin, Conf, Listen};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::{Instance, InstanceSpec, Limits, Runtime, StopMode};
@@ -218,7 +219,7 @@ impl Engine {
                 Ok(address)
             }
             Err(e) => {
-                let error = e.about_branch(&branch.name);
+                let error = e.about_disk_of(&branch).about_branch(&branch.name);
                 slot.state.send_replace(InstanceState::Failed {
                     error: error.clone(),
                     since: Instant::now(),
@@ -240,13 +241,16 @@ impl Engine {
         let (driver, volume) = (self.driver(branch).await?, branch.volume.clone());
         super::blocking(move || Ok(driver.make_reachable(&volume)?)).await?;
         let (runtime, spec) = self.instance_spec(&project, branch).await?;
+        let (data_dir, owner) = (spec.data_dir.clone(), spec.owner);
+        blocking(move || Ok(crate::storage::health::must_serve(&data_dir, owner)?)).await?;
         Self::refuse_other_major(branch, &spec.data_dir)?;
         // Not while git waited for the clone: unlinking right after a snapshot may stall.
         if !branch.started_once && runtime.find(&spec).await?.is_none() {
             let data_dir = spec.data_dir.clone();
-            super::blocking(move || Ok(postgres::shed(&data_dir)?)).await?;
+            blocking(move || Ok(postgres::shed(&data_dir)?)).await?;
         }
         self.write_conf(&project, branch, &runtime).await?;
+        let said_before = runtime.log_end(&spec).await;
         let instance = runtime.start(&spec).await?;
         let mut exit = instance.exit.clone();
         let ready = tokio::select! {
@@ -261,7 +265,7 @@ impl Engine {
             }),
         };
         if let Err(why) = ready {
-            let said = runtime.log_tail(&spec, 20).await;
+            let said = runtime.log_since(&spec, said_before).await;
             let _ = runtime.stop(&spec, &instance, StopMode::Immediate).await;
             return Err(EngineError::refused(format!(
                 "postgres of branch `{}` did not start: {why}{}",
@@ -269,15 +273,14 @@ impl Engine {
                 complaint(&said)
                     .map(|line| format!(" ({line})"))
                     .unwrap_or_default()
-            ))
-            .hint(format!("dbranch logs {}", branch.name)));
+            )));
         }
         let address = instance.address.clone();
         info!(branch = %branch.name, runtime = %runtime.kind(), ms = begun.elapsed().as_millis(), "instance is ready");
         live.instance = Some((runtime, spec, instance.clone()));
         slot.state
             .send_replace(InstanceState::Running(address.clone()));
-        Self::watch_exit(slot, branch, &instance);
+        Self::watch_exit(slot, branch, &instance, said_before);
         Ok(address)
     }
 
@@ -296,8 +299,8 @@ impl Engine {
         )))
     }
 
-    /// Notices when an instance ends by itself.
-    fn watch_exit(slot: &Slot, branch: &BranchRecord, instance: &Instance) {
+    /// Notices when an instance ends by itself. Its log begins at `said_before`.
+    fn watch_exit(slot: &Slot, branch: &BranchRecord, instance: &Instance, said_before: u64) {
         let begun = Instant::now();
         let (slot, branch, handle, mut exit) = (
             slot.clone(),
@@ -321,7 +324,7 @@ impl Engine {
             let Some((runtime, spec, _)) = live.instance.take() else {
                 return;
             };
-            let said = runtime.log_tail(&spec, 20).await;
+            let said = runtime.log_since(&spec, said_before).await;
             let reason = format!(
                 "postgres of branch `{}` ended: {}{}",
                 branch.name,
@@ -332,7 +335,9 @@ impl Engine {
             );
             warn!("{reason}");
             slot.state.send_replace(InstanceState::Failed {
-                error: EngineError::refused(reason).about_branch(&branch.name),
+                error: EngineError::refused(reason)
+                    .about_disk_of(&branch)
+                    .about_branch(&branch.name),
                 // Its start had not failed: who has asked for it since then starts it again.
                 since: begun,
             });
@@ -398,7 +403,7 @@ impl Engine {
         slot.state
             .send_replace(InstanceState::Running(instance.address.clone()));
         live.instance = Some((runtime, spec, instance.clone()));
-        Self::watch_exit(&slot, branch, &instance);
+        Self::watch_exit(&slot, branch, &instance, 0);
         info!(branch = %branch.name, "found its instance running");
         Ok(true)
     }
@@ -478,7 +483,7 @@ impl Engine {
         };
         let dir = data_dir(&driver.volume_path(&branch.volume));
         let owner = self.give_to();
-        super::blocking(move || Ok(conf.write(&dir, owner)?)).await?;
+        blocking(move || Ok(conf.write(&dir, owner)?)).await?;
         Ok(())
     }
 
@@ -493,27 +498,4 @@ impl Engine {
 /// at a logout. A server never makes its socket again.
 fn is_there(address: &BackendAddress) -> bool {
     address.socket_path().is_none_or(|path| path.exists())
-}
-
-/// The line of a server's log that tells why it ended.
-fn complaint(log: &str) -> Option<String> {
-    let lines: Vec<_> = log.lines().collect();
-    lines
-        .iter()
-        .rev()
-        .find(|line| {
-            ["FATAL:", "PANIC:", "ERROR:"]
-                .iter()
-                .any(|word| line.contains(word))
-        })
-        .or(lines.last().filter(|line| !line.contains("LOG:")))
-        .map(|line| {
-            let from = ["FATAL:", "PANIC:", "ERROR:"]
-                .iter()
-                .filter_map(|w| line.find(w))
-                .min()
-                .unwrap_or(0);
-            line[from..].trim().to_owned()
-        })
-        .filter(|line| !line.is_empty())
 }

@@ -21,15 +21,18 @@ mod error;
 mod follow;
 mod instances;
 mod parent;
+mod pools;
 mod project;
+mod reach;
 mod recover;
 mod recut;
 mod root;
+mod trouble;
 mod usage;
 mod view;
 mod worktrees;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -45,7 +48,9 @@ pub use doctor::{Check, Level};
 pub use error::{EngineError, Kind};
 pub use follow::{Followed, Switched, Target, Urge};
 pub use instances::{InstanceState, Lease, Served};
+pub use pools::{Adopted, BranchesInPool, PoolChange, PoolFile, PoolJob, PoolPlan, PoolStatus};
 pub use project::Registered;
+use reach::POOL_MARK;
 pub use recover::Reconciled;
 pub use root::InitRequest;
 pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
@@ -55,7 +60,7 @@ use crate::config::{Machine, Paths, ProjectConfig};
 use crate::postgres;
 use crate::registry::{BranchRecord, ProjectRecord, Registry, ServerRecord};
 use crate::runtime::{Docker, Native, Runtime, Server, server_for};
-use crate::storage::{self, StorageDriver};
+use crate::storage::StorageDriver;
 use crate::types::{BranchId, Owner, Password, ProjectId};
 
 pub(crate) type Result<T, E = EngineError> = std::result::Result<T, E>;
@@ -141,12 +146,14 @@ pub struct Engine(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     paths: Paths,
-    machine: Machine,
+    machine: Mutex<Machine>,
     registry: Registry,
     ports: Arc<dyn Ports>,
     owner: Owner,
     docker: OnceCell<Docker>,
     drivers: Mutex<HashMap<PathBuf, Vec<Arc<dyn StorageDriver>>>>,
+    /// Pools that are swept just now.
+    sweeping: watch::Sender<HashSet<PathBuf>>,
     slots: Mutex<HashMap<BranchId, Arc<instances::Slot>>>,
     endpoints: Mutex<HashMap<EndpointKey, Arc<follow::Endpoint>>>,
     /// Admits one registration of a project at a time.
@@ -170,12 +177,13 @@ impl Engine {
         let owner = owner_of_data()?;
         Ok(Self(Arc::new(Inner {
             paths,
-            machine,
+            machine: Mutex::new(machine),
             registry,
             ports,
             owner,
             docker: OnceCell::new(),
             drivers: Mutex::default(),
+            sweeping: watch::Sender::default(),
             slots: Mutex::default(),
             endpoints: Mutex::default(),
             registering: tokio::sync::Mutex::default(),
@@ -245,85 +253,28 @@ impl Engine {
             .clone())
     }
 
-    /// The driver of a branch's volume.
-    async fn driver(&self, branch: &BranchRecord) -> Result<Arc<dyn StorageDriver>> {
-        let kind: storage::DriverKind = branch
-            .driver
-            .parse()
-            .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
-        // Where the pool's file system is not mounted, an empty folder may stand in its place, and a
-        // driver would take every volume for gone.
-        if !(branch.pool.join(POOL_MARK).exists()
-            || branch.pool.join(branch.volume.as_str()).exists())
-        {
-            return Err(EngineError::refused(format!(
-                "the pool {} of branch `{}` is not there",
-                branch.pool.display(),
-                branch.name
-            ))
-            .hint(format!("{}, then dbranch sync", kind.how_to_mount())));
-        }
-        self.open_pool(storage::Choice::Driver(kind), &branch.pool)
-            .await
-    }
-
-    /// Marks a folder as a pool in use, and tells people whose it is.
-    fn mark_pool(&self, pool: &Path) -> Result<()> {
-        let file = pool.join(POOL_MARK);
-        if file.exists() {
-            return Ok(());
-        }
-        let text = format!(
-            "These folders are databases of dbranch. What they are is recorded in {}; `dbranch list` shows it.\n",
-            self.0.paths.state_dir().display()
-        );
-        crate::fsx::write_atomic(&file, text.as_bytes(), 0o644, None)
-            .map_err(|e| EngineError::io("write", &file, &e))
-    }
-
-    async fn open_pool(
-        &self,
-        choice: storage::Choice,
-        pool: &Path,
-    ) -> Result<Arc<dyn StorageDriver>> {
-        let known = |drivers: &Vec<Arc<dyn StorageDriver>>| {
-            drivers
-                .iter()
-                .find(|d| matches!(choice, storage::Choice::Driver(k) if k == d.kind()))
-                .cloned()
-        };
-        if let Some(driver) = lock(&self.0.drivers).get(pool).and_then(known) {
-            return Ok(driver);
-        }
-        let (path, owner) = (pool.to_owned(), self.0.owner);
-        let driver = blocking(move || Ok(storage::open(choice, &path, owner)?)).await?;
-        let mut drivers = lock(&self.0.drivers);
-        let of_pool = drivers.entry(pool.to_owned()).or_default();
-        if !of_pool.iter().any(|d| d.kind() == driver.kind()) {
-            of_pool.push(driver.clone());
-        }
-        Ok(driver)
-    }
-
     /// The owner to give files to; none where this process can't give any away.
     fn give_to(&self) -> Option<Owner> {
         nix::unistd::geteuid().is_root().then_some(self.0.owner)
     }
 
-    /// The pool for new projects.
-    fn pool(&self) -> PathBuf {
-        self.0
-            .machine
-            .pool
-            .value
-            .clone()
-            .unwrap_or_else(|| self.0.paths.default_pool().to_owned())
+    /// The machine's settings as they are now.
+    fn machine(&self) -> Machine {
+        lock(&self.0.machine).clone()
     }
 
+    /// Reads the machine's settings anew: from here on they hold for what is made.
+    fn reload_machine(&self) -> Result<Machine> {
+        let machine = Machine::load(&self.0.paths)?;
+        *lock(&self.0.machine) = machine.clone();
+        Ok(machine)
+    }
+
+    /// Where a branch's data lies, if its pool is there. The pool need not be in order: a server that
+    /// runs is found on a full or read-only one too.
     async fn data_dir(&self, branch: &BranchRecord) -> Result<PathBuf> {
-        Ok(data_dir(
-            &self.driver(branch).await?.volume_path(&branch.volume),
-        ))
+        self.branch_is_there(branch).await?;
+        Ok(data_dir(&volume_path(branch)))
     }
 
     fn config(project: &ProjectRecord) -> Result<ProjectConfig> {
@@ -350,9 +301,6 @@ impl Engine {
     }
 }
 
-/// The file that tells a pool from the empty folder it is mounted on.
-const POOL_MARK: &str = ".dbranch";
-
 /// Name of the superuser that the daemon itself logs in as.
 pub(crate) const ADMIN: &str = "dbranch_admin";
 
@@ -369,6 +317,11 @@ impl Secret {
             Self::Role => "role",
         }
     }
+}
+
+/// The folder of a branch's volume, whether it is there or not.
+fn volume_path(branch: &BranchRecord) -> PathBuf {
+    branch.pool.join(branch.volume.as_str())
 }
 
 /// Where the data directory lies in a volume.

@@ -3,18 +3,22 @@
 //! A branch that was being made is rolled back: nobody had seen it. One that was
 //! being destroyed on the user's word is destroyed. Nothing else is ever deleted.
 
-use std::collections::HashSet;
-use std::time::SystemTime;
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use futures_util::future::join_all;
 use tracing::{info, warn};
 
 use super::follow::{Followed, Urge};
-use super::{Engine, Reporter, Result, blocking};
+use super::{Engine, EngineError, Reporter, Result, blocking};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
 use crate::runtime::StopMode;
 use crate::types::BranchId;
+
+/// How long the daemon's start waits for what is recovered: less than a git hook waits for it.
+const RECOVER_LIMIT: Duration = Duration::from_secs(4);
 
 /// What reconciling did, or would do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -24,58 +28,90 @@ pub struct Reconciled {
 }
 
 impl Engine {
-    /// Takes up where an earlier daemon left off. Trouble with one branch or project stops no other.
+    /// Takes up where an earlier daemon left off. Trouble with one branch or project stops no other, and
+    /// a disk that hangs holds the daemon up no longer than [`RECOVER_LIMIT`]: what was begun there is
+    /// finished when it answers.
     pub async fn recover(&self) -> Result<()> {
-        self.sweep_pools().await?;
-        for project in self.0.registry.projects()? {
-            for action in self.finish_what_was_begun(&project, false).await? {
-                info!("{action}");
+        self.begin_sweeps()?;
+        let engine = self.clone();
+        let work = self.0.tasks.spawn(async move {
+            let projects = engine.0.registry.projects()?;
+            let recovered = projects
+                .iter()
+                .map(|project| engine.recover_project(project));
+            join_all(recovered).await.into_iter().collect()
+        });
+        let Ok(done) = tokio::time::timeout(RECOVER_LIMIT, work).await else {
+            warn!("recovery goes on in the background: a disk is slow, or does not answer");
+            return Ok(());
+        };
+        done.unwrap_or_else(|e| Err(EngineError::bug(format!("recovery broke off: {e}"))))
+    }
+
+    async fn recover_project(&self, project: &ProjectRecord) -> Result<()> {
+        // First what needs no disk.
+        if project.deleted_at.is_none() {
+            self.restore_endpoints(project).await?;
+            if let Err(e) = self.listen(project).await {
+                warn!(project = %project.name, "{e}");
             }
-            if project.deleted_at.is_some() {
-                // The daemon died while it deleted the project.
-                let left: Vec<_> = self
-                    .live_branches(&project)?
-                    .into_iter()
-                    .map(|b| b.id)
-                    .collect();
-                self.0.registry.set_trashed(&left, SystemTime::now())?;
-            } else {
-                self.restore_endpoints(&project).await?;
-                if let Err(e) = self.listen(&project).await {
-                    warn!(project = %project.name, "{e}");
-                }
-            }
-            let branches = self.0.registry.branches(&project.id)?;
-            let may_run = self.containers_of(&project, &branches).await;
-            join_all(branches.iter().map(|branch| {
-                let is_docker = branch.server.runtime == "docker";
-                let stopped =
-                    is_docker && may_run.as_ref().is_some_and(|m| !m.contains(&branch.id));
-                self.take_up(branch, stopped)
-            }))
-            .await;
         }
+        for action in self.finish_what_was_begun(project, false).await? {
+            info!("{action}");
+        }
+        if project.deleted_at.is_some() {
+            // The daemon died while it deleted the project.
+            let left: Vec<_> = self
+                .live_branches(project)?
+                .into_iter()
+                .map(|b| b.id)
+                .collect();
+            self.0.registry.set_trashed(&left, SystemTime::now())?;
+        }
+        let branches = self.0.registry.branches(&project.id)?;
+        let may_run = self.containers_of(project, &branches).await;
+        join_all(branches.iter().map(|branch| {
+            let is_docker = branch.server.runtime == "docker";
+            let stopped = is_docker && may_run.as_ref().is_some_and(|m| !m.contains(&branch.id));
+            self.take_up(branch, stopped)
+        }))
+        .await;
         Ok(())
     }
 
-    /// Removes what interrupted calls of the drivers left half made or half destroyed.
-    async fn sweep_pools(&self) -> Result<()> {
-        let mut pools = HashSet::new();
+    /// Removes what interrupted calls of the drivers left half made or half destroyed. Nothing else is
+    /// done in a pool before that is over.
+    fn begin_sweeps(&self) -> Result<()> {
+        let mut pools = HashMap::new();
         for project in self.0.registry.projects()? {
             for branch in self.0.registry.branches(&project.id)? {
-                if !pools.insert((branch.driver.clone(), branch.pool.clone())) {
-                    continue;
-                }
-                let swept = match self.driver(&branch).await {
-                    Ok(driver) => blocking(move || Ok(driver.sweep()?)).await,
-                    Err(e) => Err(e),
-                };
-                match swept {
-                    Ok(0) => {}
-                    Ok(n) => info!(pool = %branch.pool.display(), n, "removed half-made volumes"),
-                    Err(e) => warn!(pool = %branch.pool.display(), "sweep: {e}"),
+                let drivers: &mut Vec<BranchRecord> = pools.entry(branch.pool.clone()).or_default();
+                if !drivers.iter().any(|b| b.driver == branch.driver) {
+                    drivers.push(branch);
                 }
             }
+        }
+        self.0
+            .sweeping
+            .send_replace(pools.keys().cloned().collect());
+        for (pool, drivers) in pools {
+            let engine = self.clone();
+            self.0.tasks.spawn(async move {
+                for branch in drivers {
+                    let swept = match engine.driver_unswept(&branch).await {
+                        Ok(driver) => blocking(move || Ok(driver.sweep()?)).await,
+                        Err(e) => Err(e),
+                    };
+                    match swept {
+                        Ok(0) => {}
+                        Ok(n) => info!(pool = %pool.display(), n, "removed half-made volumes"),
+                        Err(e) => warn!(pool = %pool.display(), "sweep: {e}"),
+                    }
+                }
+                engine.0.sweeping.send_modify(|pools| {
+                    pools.remove(&pool);
+                });
+            });
         }
         Ok(())
     }
@@ -227,7 +263,12 @@ impl Engine {
                 ));
             }
         }
-        found.notes.extend(self.strangers_in_pools(&project).await?);
+        for stranger in self.strangers_in_pools(&project).await? {
+            found.notes.push(format!(
+                "{} is a volume that no branch knows; it is left alone",
+                stranger.display()
+            ));
+        }
         Ok(found)
     }
 
@@ -280,20 +321,8 @@ impl Engine {
     }
 
     /// Volumes that no record knows. They may be somebody's data, so they are only named.
-    pub(super) async fn strangers_in_pools(&self, project: &ProjectRecord) -> Result<Vec<String>> {
-        let mut known = HashSet::new();
-        for other in self.0.registry.projects()? {
-            known.extend(
-                self.0
-                    .registry
-                    .branches(&other.id)?
-                    .into_iter()
-                    .map(|b| b.volume),
-            );
-        }
-        let spares = self.0.registry.spare_volumes()?;
-        known.extend(spares.into_iter().map(|(volume, _)| volume));
-        let mut notes = Vec::new();
+    pub(super) async fn strangers_in_pools(&self, project: &ProjectRecord) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
         let mut pools = HashSet::new();
         for branch in self.0.registry.branches(&project.id)? {
             if !pools.insert(branch.pool.clone()) {
@@ -301,14 +330,23 @@ impl Engine {
             }
             let driver = self.driver(&branch).await?;
             let listed = blocking(move || Ok(driver.list()?)).await?;
-            for volume in listed.into_iter().filter(|v| !known.contains(v)) {
-                notes.push(format!(
-                    "{} is a volume that no branch knows; it is left alone",
-                    branch.pool.join(volume.as_str()).display()
-                ));
-            }
+            found.extend(listed.into_iter().map(|v| (branch.pool.clone(), v)));
         }
-        Ok(notes)
+        // After the volumes: one that was made meanwhile was recorded before.
+        let mut known = HashSet::new();
+        for other in self.0.registry.projects()? {
+            let branches = self.0.registry.branches(&other.id)?;
+            known.extend(branches.into_iter().map(|b| b.volume));
+        }
+        let spares = self.0.registry.spare_volumes()?;
+        known.extend(spares.into_iter().map(|(volume, _)| volume));
+        found.retain(|(_, volume)| !known.contains(volume));
+        Ok(found
+            .into_iter()
+            .map(|(pool, volume)| pool.join(volume.as_str()))
+            // One that was destroyed meanwhile is gone from both.
+            .filter(|path| path.exists())
+            .collect())
     }
 }
 

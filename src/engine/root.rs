@@ -92,7 +92,8 @@ impl Engine {
         crash_point("init:intent");
         if let Err(e) = self.make_root(&slot, &mut live, &config, &branch).await {
             self.undo(&slot, &mut live, &branch).await;
-            return Err(e);
+            // Its log went with it.
+            return Err(e.about_pool(&branch.pool).or_hint("dbranch doctor"));
         }
         drop(live);
         self.publish(&branch).await;
@@ -128,17 +129,16 @@ impl Engine {
         request: &InitRequest,
         to: &Reporter,
     ) -> Result<Arc<dyn StorageDriver>> {
-        let word = request
-            .storage
-            .as_ref()
-            .unwrap_or(&self.0.machine.storage.value);
+        let set = self.machine().storage.value;
+        let word = request.storage.as_ref().unwrap_or(&set);
         let choice: Choice = word.parse().map_err(|e: Invalid| {
             EngineError::config(e.to_string())
                 .hint(format!("set DBRANCH_STORAGE to one of {}", Choice::names()))
         })?;
         let pool = request.pool.clone().unwrap_or_else(|| self.pool());
+        self.may_become_a_pool(&pool)?;
         let driver = self.open_pool(choice, &pool).await?;
-        self.mark_pool(driver.pool())?;
+        self.mark_pool(driver.pool()).await?;
         if let Some(advice) = driver.advice() {
             to.notice(advice);
         }
@@ -151,10 +151,8 @@ impl Engine {
         config: &ProjectConfig,
         to: &Reporter,
     ) -> Result<ServerRecord> {
-        let word = request
-            .runtime
-            .as_ref()
-            .unwrap_or(&self.0.machine.runtime.value);
+        let set = self.machine().runtime.value;
+        let word = request.runtime.as_ref().unwrap_or(&set);
         let kind = match word.as_str() {
             "auto" => None,
             name => Some(name.parse::<RuntimeKind>().map_err(|e| {
@@ -207,13 +205,12 @@ impl Engine {
         // initdb reads the password as the owner of the data, who can't read our secrets.
         let admin_password = self.password(&branch.project, Secret::Admin)?;
         let password_file = driver.volume_path(&branch.volume).join("password");
-        crate::fsx::write_atomic(
-            &password_file,
-            admin_password.reveal().as_bytes(),
-            0o600,
-            self.give_to(),
-        )
-        .map_err(|e| EngineError::io("write", &password_file, &e))?;
+        let (file, owner) = (password_file.clone(), self.give_to());
+        blocking(move || {
+            crate::fsx::write_atomic(&file, admin_password.reveal().as_bytes(), 0o600, owner)
+                .map_err(|e| EngineError::io("write", &file, &e))
+        })
+        .await?;
         let made = runtime
             .init_cluster(&InitSpec {
                 server,
@@ -224,9 +221,13 @@ impl Engine {
                 locale: config.postgres.locale.clone(),
             })
             .await;
-        std::fs::remove_file(&password_file)
-            .map_err(|e| EngineError::io("remove", &password_file, &e))?;
+        let removed = blocking(move || {
+            std::fs::remove_file(&password_file)
+                .map_err(|e| EngineError::io("remove", &password_file, &e))
+        });
+        let removed = removed.await;
         made?;
+        removed?;
         crash_point("init:cluster");
 
         self.launch(slot, live, branch).await?;

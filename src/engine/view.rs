@@ -1,13 +1,17 @@
 //! What there is to see: branches, their sizes, how to connect.
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::instances::InstanceState;
 use super::{Engine, EngineError, Result};
 use crate::git::{self, Head, Location};
 use crate::registry::{BranchRecord, ProjectRecord, Stage};
+use crate::storage::Usage;
 use crate::types::{BackendAddress, BranchName, Password};
+
+/// How long somebody who only wants to see how things stand waits for a disk.
+const DISK_LIMIT: Duration = Duration::from_secs(2);
 
 /// A branch and what is observed of it.
 #[derive(Debug, Clone)]
@@ -194,11 +198,11 @@ impl Engine {
         self.backend_of(&branch.id)
     }
 
-    pub async fn volume(&self, branch: &BranchRecord) -> Result<PathBuf> {
-        let driver = self.driver(branch).await?;
+    /// Where a branch's volume lies, whether its pool is there or not.
+    pub fn volume(&self, branch: &BranchRecord) -> Result<PathBuf> {
         // Not as the caller saw it: a fresh branch may be given another one before its first start.
         let current = self.0.registry.branch(&branch.id)?;
-        Ok(driver.volume_path(&current.as_ref().unwrap_or(branch).volume))
+        Ok(super::volume_path(current.as_ref().unwrap_or(branch)))
     }
 
     pub fn children(&self, branch: &BranchRecord) -> Result<Vec<BranchName>> {
@@ -210,6 +214,12 @@ impl Engine {
             .collect())
     }
 
+    /// Bytes of one branch for somebody who wants to see more than that: not of a disk that hangs.
+    pub async fn usage_if_quick(&self, branch: &BranchRecord) -> Option<Usage> {
+        let usage = tokio::time::timeout(DISK_LIMIT, self.usage_of(branch)).await;
+        usage.ok()?.ok()
+    }
+
     /// Things worth knowing about where a place stands.
     pub async fn notes(&self, project: &ProjectRecord, location: &Location) -> Result<Vec<String>> {
         let mut notes = Vec::new();
@@ -218,6 +228,11 @@ impl Engine {
         }
         notes.extend(self.worktree_note(project, location));
         let shown = self.shown_at(project, location)?;
+        if let Some(branch) = &shown {
+            let there = tokio::time::timeout(DISK_LIMIT, self.branch_is_there(branch)).await;
+            let trouble = there.unwrap_or_else(|_| Err(super::doctor::hangs(&branch.pool)));
+            notes.extend(trouble.err().map(|e| e.in_one_line()));
+        }
         match git::head(&location.git_dir)? {
             Head::Detached(_) => {
                 if let Some(shown) = &shown {

@@ -1,11 +1,14 @@
-//! Files that other rooms trust: replaced in one piece, or locked by one process.
+//! Files that other rooms trust: replaced in one piece, or locked by one process; and the
+//! commands that messages name.
 //!
 //! A leaf: it knows nothing of branches, volumes or daemons.
 
 mod atomic;
+mod command;
 mod lock;
 
 pub use atomic::{sync_folder, write_atomic};
+pub use command::{as_root, shell_word};
 pub use lock::{LockError, LockFile};
 
 use std::io;

@@ -273,6 +273,21 @@ impl Runtime {
             .await
             .unwrap_or_default()
     }
+
+    /// How long the server's log is now, in bytes: where what it says next begins.
+    pub async fn log_end(&self, spec: &InstanceSpec) -> u64 {
+        let log = spec.log_file.clone();
+        let length = blocking(move || Ok(std::fs::metadata(log).map_or(0, |m| m.len())));
+        length.await.unwrap_or(0)
+    }
+
+    /// What the server has said since its log was `start` bytes long; only the end of very much.
+    pub async fn log_since(&self, spec: &InstanceSpec, start: u64) -> String {
+        let log = spec.log_file.clone();
+        blocking(move || Ok(prepare::tail_since(&log, start)))
+            .await
+            .unwrap_or_default()
+    }
 }
 
 /// Runs what blocks beside the tasks.

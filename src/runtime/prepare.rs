@@ -196,18 +196,25 @@ fn open_log(path: &Path, owner: Owner) -> io::Result<File> {
 
 /// The last `lines` lines of a log, "" when there is none. Blocks.
 pub(super) fn tail(path: &Path, lines: usize) -> String {
+    let text = tail_since(path, 0);
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// The end of a log, from `start` on at most. One that is shorter was begun anew. Blocks.
+pub(super) fn tail_since(path: &Path, start: u64) -> String {
     let read = || -> io::Result<Vec<u8>> {
         let mut file = File::open(path)?;
         let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
+        let start = if start > length { 0 } else { start };
+        file.seek(SeekFrom::Start(
+            start.max(length.saturating_sub(TAIL_BYTES)),
+        ))?;
         let mut bytes = Vec::new();
         file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let all: Vec<&str> = text.lines().collect();
-    all[all.len().saturating_sub(lines)..].join("\n")
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
 #[cfg(test)]
@@ -225,6 +232,17 @@ mod tests {
         let much = "x".repeat(200_000) + "\nend\n";
         fs::write(&log, much).unwrap();
         assert_eq!(tail(&log, 1), "end");
+    }
+
+    #[test]
+    fn what_an_earlier_server_said_is_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        assert_eq!(tail_since(&log, 0), "");
+        fs::write(&log, "old\nnew\n").unwrap();
+        assert_eq!(tail_since(&log, 4), "new\n");
+        assert_eq!(tail_since(&log, 8), "");
+        assert_eq!(tail_since(&log, 99), "old\nnew\n", "begun anew");
     }
 
     #[test]

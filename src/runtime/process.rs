@@ -157,8 +157,24 @@ mod linux {
     pub(super) fn is_postmaster_of(pid: u32, data_dir: &Path) -> bool {
         let proc_dir = Path::new("/proc").join(pid.to_string());
         // A zombie has no working directory, so it does not count.
-        identity(&proc_dir.join("cwd"))
-            .is_some_and(|cwd| Some(cwd) == identity(data_dir) && is_postgres(&proc_dir))
+        let cwd = proc_dir.join("cwd");
+        let same = match (identity(&cwd), identity(data_dir)) {
+            (Some(cwd), Some(data_dir)) => cwd == data_dir,
+            // The file system was unmounted lazily (umount(8), `-l`) or has failed, and the server runs
+            // on. The kernel still knows the folder's name, and a volume's is random.
+            _ => std::fs::read_link(&cwd).is_ok_and(|cwd| ends_alike(&cwd, data_dir)),
+        };
+        same && is_postgres(&proc_dir)
+    }
+
+    /// Whether volume and data folder have the same names.
+    fn ends_alike(a: &Path, b: &Path) -> bool {
+        let end = |path: &Path| {
+            let mut names = path.iter().rev().map(ToOwned::to_owned);
+            (names.next(), names.next())
+        };
+        let (data, volume) = end(a);
+        volume.is_some() && (data, volume) == end(b)
     }
 
     pub(super) fn users_of_dir(data_dir: &Path) -> Vec<u32> {

@@ -25,7 +25,7 @@ pub fn open(choice: Choice, path: &Path, owner: Owner) -> Opened {
         Choice::Auto => open_best(&pool),
         Choice::Driver(DriverKind::Btrfs) => open_btrfs(pool),
         Choice::Driver(DriverKind::Zfs) => open_zfs(pool),
-        Choice::Driver(DriverKind::Reflink) => Ok(Arc::new(reflink::open_by_name(pool)?)),
+        Choice::Driver(DriverKind::Reflink) => Ok(Arc::new(reflink::open(pool, None)?)),
         Choice::Driver(DriverKind::Copy) => Ok(Arc::new(copy::open(pool, None))),
     }
 }
@@ -73,6 +73,30 @@ impl Refusals {
         self.of_the_one_made_for_it()
             .or_else(|| self.all.last().map(|(_, reason)| reason.clone()))
     }
+}
+
+/// Opens a pool where volumes of that driver lie already. It may be full or read-only: a branch must be
+/// shown and deleted there too, so nothing has to be tried.
+pub fn reopen(kind: DriverKind, path: &Path, owner: Owner) -> Opened {
+    let pool = Pool::existing_at(path, owner)?;
+    match kind {
+        #[cfg(target_os = "linux")]
+        DriverKind::Btrfs => Ok(Arc::new(Btrfs::reopen(pool)?)),
+        #[cfg(not(target_os = "linux"))]
+        DriverKind::Btrfs => open_btrfs(pool),
+        DriverKind::Zfs => open_zfs(pool),
+        DriverKind::Reflink => Ok(Arc::new(reflink::reopen(pool))),
+        DriverKind::Copy => Ok(Arc::new(copy::open(pool, None))),
+    }
+}
+
+/// The command that mounts the file system that a pool should lie in and does not, where it is known.
+pub fn command_to_mount(pool: &Path, kind: Option<DriverKind>) -> Option<String> {
+    let configured = super::Boot::here().command_to_mount(pool);
+    #[cfg(target_os = "linux")]
+    let configured = configured
+        .or_else(|| (kind == Some(DriverKind::Zfs)).then(|| Zfs::command_to_mount(pool))?);
+    configured.or_else(|| kind?.how_to_mount().map(str::to_owned))
 }
 
 #[cfg(target_os = "linux")]

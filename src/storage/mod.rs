@@ -16,15 +16,22 @@ mod contract;
 mod copy;
 mod detect;
 mod files;
+pub mod health;
+pub mod image;
 #[cfg(test)]
 mod many_tests;
+mod mounts;
 mod pool;
 mod reflink;
 mod usage;
 #[cfg(target_os = "linux")]
 mod zfs;
 
-pub use detect::open;
+pub use detect::{command_to_mount, open, reopen};
+pub use mounts::{AfterBoot, Boot, Mount, unit_name};
+pub use pool::file_system_name as file_system_of;
+
+use crate::fsx::{as_root, shell_word};
 
 /// Reports work done: bytes so far, bytes in all. Called from several threads.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
@@ -51,11 +58,11 @@ impl DriverKind {
         }
     }
 
-    /// What to do about a pool that is not there.
-    pub fn how_to_mount(self) -> &'static str {
+    /// The command for a pool that is not there, where all such pools have the same.
+    fn how_to_mount(self) -> Option<&'static str> {
         match self {
-            Self::Zfs => "mount its dataset again: zpool import -a; zfs mount -a",
-            Self::Btrfs | Self::Reflink | Self::Copy => "mount its file system again",
+            Self::Zfs => Some("zpool import -a; zfs mount -a"),
+            Self::Btrfs | Self::Reflink | Self::Copy => None,
         }
     }
 }
@@ -262,6 +269,7 @@ pub struct Usages {
     pub notes: Vec<String>,
 }
 
+#[cfg(target_os = "linux")]
 impl Usages {
     /// The same with only these volumes; the holders stay.
     fn only(mut self, ids: &[VolumeId]) -> Self {
@@ -306,6 +314,30 @@ pub enum StorageError {
         path: PathBuf,
         hint: String,
     },
+    /// The pool's file system is not mounted now, or the pool is about to go.
+    #[error("the pool {} {why}", path.display())]
+    OutOfUse {
+        path: PathBuf,
+        why: &'static str,
+        hint: String,
+    },
+    #[error("the file system of {} is mounted read-only", path.display())]
+    ReadOnly { path: PathBuf },
+    /// btrfs keeps its trees apart from data, and each can be full alone.
+    #[error("btrfs in {} has no room left for metadata ({} of it free), of which a branch needs some", path.display(), Bytes(*free_bytes))]
+    NoMetadata {
+        path: PathBuf,
+        free_bytes: u64,
+        /// In chunks of data that hold nothing, which a balance gives back.
+        idle_data_bytes: u64,
+    },
+    /// Owners or modes stand in the way; `fix` is the command that mends it.
+    #[error("{} can't be used: {reason}", path.display())]
+    Obstacle {
+        path: PathBuf,
+        reason: String,
+        fix: String,
+    },
     #[error("volume {id} already exists in {}", pool.display())]
     Exists { id: VolumeId, pool: PathBuf },
     #[error("volume {id} is not in {}", pool.display())]
@@ -325,15 +357,36 @@ impl StorageError {
             Self::Unsupported { .. } => Some(
                 "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
             ),
+            Self::NoRoom { path, .. } | Self::Full { pool: path, .. } if image::is_set_up(path) => {
+                Some("delete branches (`dbranch usage`), or give the pool more: `dbranch storage grow --size SIZE`".into())
+            }
             Self::NoRoom { path, .. } => Some(format!(
-                "free some room in {}, or move the pool to a file system that shares blocks (btrfs, ZFS, XFS)",
+                "make room in {} (dbranch usage shows what branches take), or move the pool to a file \
+                 system that shares blocks (btrfs, ZFS, XFS)",
                 path.display()
             )),
             Self::Full { pool, .. } => Some(format!(
-                "free some room in {} (dbranch usage shows what branches take), then try again",
+                "make room in {}: dbranch usage, then dbranch delete --now what is not needed",
                 pool.display()
             )),
-            Self::Denied { hint, .. } => Some(hint.clone()),
+            Self::Denied { hint, .. } | Self::OutOfUse { hint, .. } => Some(hint.clone()),
+            Self::Obstacle { fix, .. } => Some(fix.clone()),
+            Self::ReadOnly { path } => Some(as_root(&format!(
+                "mount -o remount,rw {}",
+                mount_point_word(path)
+            ))),
+            Self::NoMetadata {
+                path,
+                idle_data_bytes,
+                ..
+            } => Some(if *idle_data_bytes > health::METADATA_FULL_BYTES {
+                as_root(&format!(
+                    "btrfs balance start -dusage=50 {}",
+                    mount_point_word(path)
+                ))
+            } else {
+                "dbranch usage, then dbranch delete --now what is not needed".into()
+            }),
             Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
         }
     }
@@ -345,6 +398,12 @@ impl StorageError {
             source,
         }
     }
+}
+
+/// The mount point above a path, as a word of a command.
+fn mount_point_word(path: &Path) -> String {
+    let mount = Mount::of(path);
+    shell_word(mount.as_ref().map_or(path, |m| &m.point))
 }
 
 /// Makes, clones and destroys the volumes of one pool.

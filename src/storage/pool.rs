@@ -2,14 +2,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
-use super::{Space, StorageError};
+use super::{Space, StorageError, image};
 use crate::types::{Owner, VolumeId};
 
 /// Ending of a clone that is being made, and of a volume that is being destroyed.
@@ -28,6 +28,24 @@ impl Pool {
     /// Makes the folder when it is missing: mode 0711 as root, so that the owner of
     /// the volumes can pass through, else 0700.
     pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, StorageError> {
+        image::must_be_in_use(path)?;
+        Self::make(path)?;
+        let pool = Self::existing_at(path, owner)?;
+        if Uid::effective().is_root() {
+            pool.must_be_passable()?;
+        }
+        Ok(pool)
+    }
+
+    /// The pool in a folder that is one already, whatever state it is in.
+    pub(super) fn existing_at(path: &Path, owner: Owner) -> Result<Self, StorageError> {
+        let path = path
+            .canonicalize()
+            .map_err(StorageError::io("resolve", path))?;
+        Ok(Self { path, owner })
+    }
+
+    fn make(path: &Path) -> Result<(), StorageError> {
         let root = Uid::effective().is_root();
         DirBuilder::new()
             .recursive(true)
@@ -39,16 +57,11 @@ impl Pool {
                     path: path.to_owned(),
                     hint: "choose a pool folder that you may write to".into(),
                 },
+                ErrorKind::ReadOnlyFilesystem => StorageError::ReadOnly {
+                    path: path.to_owned(),
+                },
                 _ => StorageError::io("create", path)(source),
-            })?;
-        let path = path
-            .canonicalize()
-            .map_err(StorageError::io("resolve", path))?;
-        let pool = Self { path, owner };
-        if root {
-            pool.must_be_passable()?;
-        }
-        Ok(pool)
+            })
     }
 
     /// Postgres runs as the owner and must get to its data directory.
@@ -79,12 +92,85 @@ impl Pool {
         Ok(())
     }
 
+    /// What a call that failed on a file or folder in the pool means. `needed_bytes` is what it
+    /// wanted, where that is known.
+    pub(super) fn failure(
+        &self,
+        action: &'static str,
+        path: &Path,
+        needed_bytes: u64,
+        source: std::io::Error,
+    ) -> StorageError {
+        match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                self.no_room(action, path, needed_bytes)
+            }
+            ErrorKind::ReadOnlyFilesystem => StorageError::ReadOnly {
+                path: self.path.clone(),
+            },
+            ErrorKind::PermissionDenied => self.denied(action, path),
+            _ => StorageError::io(action, path)(source),
+        }
+    }
+
+    fn no_room(&self, action: &'static str, path: &Path, needed_bytes: u64) -> StorageError {
+        let free_bytes = self.space().map_or(0, |s| s.free_bytes);
+        #[cfg(target_os = "linux")]
+        if free_bytes >= needed_bytes.max(super::health::METADATA_FULL_BYTES)
+            && let Some(room) = super::health::linux::MetadataRoom::of(&self.path)
+        {
+            return StorageError::NoMetadata {
+                path: self.path.clone(),
+                free_bytes: room.free_bytes,
+                idle_data_bytes: room.idle_data_bytes,
+            };
+        }
+        let _ = needed_bytes;
+        StorageError::Full {
+            action,
+            path: path.to_owned(),
+            pool: self.path.clone(),
+            free_bytes,
+        }
+    }
+
+    /// Only the pool's own user, and root, may change what is in it.
+    fn denied(&self, action: &'static str, path: &Path) -> StorageError {
+        let us = Uid::effective();
+        let foreign = [self.path.as_path(), path].into_iter().find_map(|p| {
+            let uid = fs::symlink_metadata(p).ok()?.uid();
+            (uid != us.as_raw()).then_some((p, uid))
+        });
+        match foreign {
+            Some((foreign, uid)) if !us.is_root() => StorageError::Obstacle {
+                path: foreign.to_owned(),
+                reason: format!("it belongs to uid {uid}, and dbranch runs as uid {us}"),
+                fix: super::as_root(&format!(
+                    "chown -R {us}:{} {}",
+                    nix::unistd::Gid::effective(),
+                    super::shell_word(foreign)
+                )),
+            },
+            _ => StorageError::Denied {
+                action,
+                path: path.to_owned(),
+                hint: "the pool and its volumes must belong to the user that dbranch runs as, and the \
+                       system must allow that user to make them"
+                    .into(),
+            },
+        }
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
+    #[cfg(target_os = "linux")]
     pub(super) fn folder(&self) -> Result<File, StorageError> {
-        open_folder(&self.path)
+        open_folder(&self.path).map_err(|e| match e {
+            StorageError::Io { action, source, .. } => self.failure(action, &self.path, 0, source),
+            e => e,
+        })
     }
 
     /// The path of a name in the pool, if it is there. Whatever is about to be
@@ -166,18 +252,22 @@ impl Pool {
     }
 
     pub(super) fn space(&self) -> Result<Space, StorageError> {
-        let stat = statvfs(&self.path)
-            .map_err(|e| StorageError::io("read the free room of", &self.path)(e.into()))?;
-        #[expect(
-            clippy::useless_conversion,
-            reason = "the counts have 32 bits on some systems"
-        )]
-        let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
-        Ok(Space {
-            total_bytes: bytes(stat.blocks()),
-            free_bytes: bytes(stat.blocks_available()),
-        })
+        space_of(&self.path).map_err(StorageError::io("read the free room of", &self.path))
     }
+}
+
+/// Room in the file system that holds a path.
+pub(super) fn space_of(path: &Path) -> io::Result<Space> {
+    let stat = statvfs(path)?;
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the counts have 32 bits on some systems"
+    )]
+    let bytes = |blocks| u64::from(blocks).saturating_mul(u64::from(stat.fragment_size()));
+    Ok(Space {
+        total_bytes: bytes(stat.blocks()),
+        free_bytes: bytes(stat.blocks_available()),
+    })
 }
 
 /// Opens a folder, and no link to one.
@@ -192,7 +282,7 @@ pub(super) fn open_folder(path: &Path) -> Result<File, StorageError> {
 
 /// The name of the file system that holds a folder, as users know it.
 #[cfg(target_os = "linux")]
-pub(super) fn file_system_name(folder: &Path) -> String {
+pub fn file_system_name(folder: &Path) -> String {
     use nix::sys::statfs as fs;
     let Ok(stat) = fs::statfs(folder) else {
         return "unknown".into();
@@ -214,7 +304,7 @@ pub(super) fn file_system_name(folder: &Path) -> String {
 
 /// The name of the file system that holds a folder, as users know it.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn file_system_name(folder: &Path) -> String {
+pub fn file_system_name(folder: &Path) -> String {
     nix::sys::statfs::statfs(folder).map_or_else(
         |_| "another one".into(),
         |stat| stat.filesystem_type_name().to_owned(),

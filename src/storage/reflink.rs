@@ -55,17 +55,10 @@ pub(super) fn open(
     Ok(FileByFile::new(pool, Reflink { why_no_snapshots }))
 }
 
-/// [`open`], where the user or a record says that it is this driver. A disk that is full or
-/// mounted read-only can't be tried and is believed: branches must be shown and deleted there.
-pub(super) fn open_by_name(pool: Pool) -> Result<FileByFile<Reflink>, StorageError> {
-    match open(pool.clone(), None) {
-        Err(e @ (StorageError::Full { .. } | StorageError::Denied { .. })) => {
-            tracing::debug!(pool = %pool.path().display(), "not tried whether blocks can be shared: {e}");
-            let way = Reflink {
-                why_no_snapshots: None,
-            };
-            Ok(FileByFile::new(pool, way))
-        }
-        opened => opened,
-    }
+/// For a pool where such volumes lie already: nothing is tried, as it may be full or read-only.
+pub(super) fn reopen(pool: Pool) -> FileByFile<Reflink> {
+    let way = Reflink {
+        why_no_snapshots: None,
+    };
+    FileByFile::new(pool, way)
 }

@@ -11,5 +11,5 @@ mod recut;
 mod room;
 mod story;
 mod suspend;
-mod unprivileged;
+pub(crate) mod unprivileged;
 mod zfs;

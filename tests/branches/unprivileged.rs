@@ -12,8 +12,11 @@ const NOBODY: &str = "65534";
 /// An environment that belongs to an unprivileged user, with the program in it: where the
 /// sources lie, that user may have no business.
 fn env_of_nobody(storage: Storage) -> Option<TestEnv> {
+    given_to_nobody(TestEnv::with(Server::Native, storage)?)
+}
+
+pub(crate) fn given_to_nobody(env: TestEnv) -> Option<TestEnv> {
     need_root()?;
-    let env = TestEnv::with(Server::Native, storage)?;
     // Not by this process, which may be forking elsewhere: nobody can run what is open for writing.
     let copied = Command::new("cp")
         .arg(env!("CARGO_BIN_EXE_dbranch"))
@@ -32,7 +35,7 @@ fn env_of_nobody(storage: Storage) -> Option<TestEnv> {
 }
 
 #[track_caller]
-fn as_nobody(env: &TestEnv, program: &Path, args: &[&str]) -> Output {
+pub(crate) fn as_nobody(env: &TestEnv, program: &Path, args: &[&str]) -> Output {
     let mut command = env.command("setpriv", &env.repo());
     command
         .args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}")])

@@ -96,15 +96,13 @@ fn a_pool_on_zfs_that_is_not_mounted_is_said_and_comes_back() {
     for dataset in [&volumes[0], &volumes[1], &pool] {
         zfs(&["unmount", dataset]);
     }
-    let _ = env.dbranch(&["resume", "main"]).fails(1, &["zfs mount -a"]);
+    let mount = format!("zfs mount {pool}");
+    let _ = env.dbranch(&["resume", "main"]).fails(1, &[&mount]);
     let _ = env
         .dbranch(&["create", "x", "--from", "main"])
-        .fails(1, &["zfs mount -a"]);
+        .fails(1, &[&mount]);
     let doctor = env.dbranch(&["doctor"]);
-    assert!(
-        doctor.stdout.contains(&format!("zfs mount {pool}")),
-        "{doctor}"
-    );
+    assert!(doctor.stdout.contains(&mount), "{doctor}");
     // The pool alone: what is used of it is mounted with it.
     zfs(&["mount", &pool]);
     assert_eq!(env.sql("select v from t"), "main");

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::leftovers::{containers_in, is_alive, kill_9, mounts_in, processes_in};
 use super::ports::Ports;
 use super::process::{self, Output};
-use super::{Dataset, Server, Session, Storage, required, wait_until};
+use super::{Dataset, Image, Server, Session, Storage, required, wait_until};
 
 /// How long one command may take. Far more than any should.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
@@ -33,6 +33,8 @@ pub(crate) struct TestEnv {
     dataset: Option<Dataset>,
     /// Removed with the environment.
     _folders: Vec<TempDir>,
+    /// Unmounted after them.
+    file_system: Option<Image>,
 }
 
 impl TestEnv {
@@ -54,6 +56,20 @@ impl TestEnv {
         };
         let pool = required(storage.folder())?;
         Some(Self::make(server, storage, Some(bin_dir), image, pool))
+    }
+
+    /// An environment whose pool lies on a small file system of its own.
+    pub(crate) fn on(image: Image, storage: Storage) -> Option<Self> {
+        let bin_dir = required(Server::Native.bin_dir())?;
+        let pool = Some(image.point().to_owned());
+        let mut env = Self::make(Server::Native, storage, Some(bin_dir), None, pool);
+        env.file_system = Some(image);
+        Some(env)
+    }
+
+    /// The file system of [`TestEnv::on`].
+    pub(crate) fn image(&self) -> &Image {
+        self.file_system.as_ref().expect("made with `on`")
     }
 
     /// The quickest environment that has a server, for tests to which the drivers don't matter.
@@ -113,6 +129,7 @@ impl TestEnv {
             vars: Vec::new(),
             dataset,
             _folders: folders,
+            file_system: None,
         };
         env.init_repo(&env.repo());
         env
@@ -398,6 +415,18 @@ impl TestEnv {
         found.iter().filter(|p| !is_child(p.pid)).count()
     }
 
+    /// [`TestEnv::servers`] by what they were started with: where their file system was unmounted, the
+    /// folder that they work in has no place any more.
+    pub(crate) fn servers_anywhere(&self) -> usize {
+        let pool = self.pool().display().to_string();
+        let commands = fs::read_dir("/proc").into_iter().flatten().flatten();
+        commands
+            .filter_map(|e| fs::read(e.path().join("cmdline")).ok())
+            .map(|command| String::from_utf8_lossy(&command).into_owned())
+            .filter(|command| command.contains("postgres\0-D\0") && command.contains(&pool))
+            .count()
+    }
+
     pub(crate) fn containers(&self) -> Vec<String> {
         if matches!(self.server, Server::Native | Server::Native18) {
             return Vec::new();
@@ -522,6 +551,6 @@ fn make_folder(parent: &Path) -> TempDir {
     folder
 }
 
-fn set_mode(path: &Path, mode: u32) {
+pub(super) fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("ours");
 }

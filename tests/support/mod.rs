@@ -5,6 +5,7 @@
 //! the test aloud, or fails it when `DBRANCH_TEST_REQUIRE` names it.
 
 mod env;
+mod image;
 mod leftovers;
 mod ports;
 pub(crate) mod process;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub(crate) use env::{TestEnv, edit_config};
+pub(crate) use image::{Fs, Image};
 pub(crate) use leftovers::{is_alive, kill_9, processes_in};
 pub(crate) use session::Session;
 pub(crate) use zfs::{Dataset, zfs};

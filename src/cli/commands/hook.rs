@@ -215,6 +215,8 @@ mod tests {
             created_at: String::new(),
             trashed_at: None,
             expires_at: None,
+            failure: None,
+            failure_hint: None,
         };
         let created = Created {
             branch,

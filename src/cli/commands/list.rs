@@ -40,6 +40,14 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
         for line in lines(ui, branches, trash) {
             ui.answer(line)?;
         }
+        for branch in branches {
+            if let Some(failure) = &branch.failure {
+                ui.warn(failure);
+            }
+            if let Some(hint) = &branch.failure_hint {
+                ui.hint(hint);
+            }
+        }
         Ok(())
     })?;
     Ok(ExitStatus::Done)
@@ -110,6 +118,8 @@ mod tests {
             created_at: "long ago".into(),
             trashed_at: None,
             expires_at: None,
+            failure: None,
+            failure_hint: None,
         };
         let branches = [
             branch("main", None, false),

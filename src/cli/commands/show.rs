@@ -55,7 +55,8 @@ fn fields(ui: Ui, branch: &BranchDetails) -> Vec<(&'static str, String)> {
         ("state", state(ui, info.state)),
     ];
     let mut add = |name, value: Option<String>| fields.extend(value.map(|value| (name, value)));
-    add("failure", branch.failure.clone());
+    add("failure", info.failure.clone());
+    add("next", info.failure_hint.clone());
     add("active", info.active.then(|| "yes".into()));
     add("parent", info.parent.as_ref().map(ToString::to_string));
     let children: Vec<&str> = branch.children.iter().map(BranchName::as_str).collect();

@@ -37,8 +37,26 @@ pub(super) struct Btrfs {
 
 impl Btrfs {
     /// Tries in the pool itself whether subvolumes can be made, snapshotted and
-    /// destroyed. `Unsupported` says why not.
+    /// destroyed. `Unsupported` says why not; a full or a read-only pool is another error, as no other
+    /// driver could do better there.
     pub(super) fn open(pool: Pool) -> Result<Self, StorageError> {
+        let driver = Self::reopen(pool)?;
+        driver.probe().map_err(|e| match e {
+            StorageError::Full { .. }
+            | StorageError::NoMetadata { .. }
+            | StorageError::ReadOnly { .. }
+            | StorageError::Obstacle { .. } => e,
+            e => StorageError::Unsupported {
+                driver: DriverKind::Btrfs,
+                path: driver.pool.path().to_owned(),
+                reason: e.to_string(),
+            },
+        })?;
+        Ok(driver)
+    }
+
+    /// For a pool that was opened before: nothing is written to it, as it may be full.
+    pub(super) fn reopen(pool: Pool) -> Result<Self, StorageError> {
         let driver = Self {
             pool,
             survey: Survey::default(),
@@ -55,7 +73,6 @@ impl Btrfs {
             let name = pool::file_system_name(driver.pool.path());
             return Err(unsupported(format!("the file system is {name}")));
         }
-        driver.probe().map_err(|e| unsupported(e.to_string()))?;
         Ok(driver)
     }
 
@@ -143,24 +160,8 @@ impl Btrfs {
 
     /// What a failed ioctl means.
     fn refusal(&self, action: &'static str, path: &Path, errno: Errno) -> StorageError {
-        let denied = |hint: &str| StorageError::Denied {
-            action,
-            path: path.to_owned(),
-            hint: hint.to_owned(),
-        };
-        match errno {
-            Errno::EPERM | Errno::EACCES => denied(
-                "the pool and its volumes must belong to the user that dbranch runs as, and the \
-                 kernel must allow that user to make btrfs subvolumes",
-            ),
-            Errno::EROFS => denied("the file system is mounted read-only"),
-            Errno::ENOSPC | Errno::EDQUOT => StorageError::NoRoom {
-                path: self.pool.path().to_owned(),
-                needed_bytes: METADATA_BYTES,
-                free_bytes: self.pool.space().map_or(0, |s| s.free_bytes),
-            },
-            _ => StorageError::io(action, path)(errno.into()),
-        }
+        self.pool
+            .failure(action, path, METADATA_BYTES, errno.into())
     }
 }
 

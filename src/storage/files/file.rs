@@ -125,8 +125,9 @@ impl Source {
         Ok(false)
     }
 
-    /// Writes this file's data into `to`, where no file may be. `step` gets the bytes done.
-    pub(super) fn write(&self, to: At<'_>, step: &dyn Fn(u64)) -> io::Result<()> {
+    /// Writes this file's data into `to`, where no file may be. `step` gets the bytes done, and may say
+    /// that no more is to be written.
+    pub(super) fn write(&self, to: At<'_>, step: &dyn Fn(u64) -> io::Result<()>) -> io::Result<()> {
         let made = to.create(self.meta.mode())?;
         let holes = self.allocated_bytes() < self.meta.len();
         write_data(&self.file, &made, self.meta.len(), holes, step)?;
@@ -174,7 +175,13 @@ pub(super) fn keep_attributes(to: &File, meta: &Metadata) -> io::Result<()> {
 /// Writes `len` bytes, or fewer if the source shrinks. With `holes`, unwritten
 /// parts are left unwritten. Through a buffer, because `copy_file_range(2)` may share
 /// blocks instead of writing them.
-fn write_data(from: &File, to: &File, len: u64, holes: bool, step: &dyn Fn(u64)) -> io::Result<()> {
+fn write_data(
+    from: &File,
+    to: &File,
+    len: u64,
+    holes: bool,
+    step: &dyn Fn(u64) -> io::Result<()>,
+) -> io::Result<()> {
     let room = usize::try_from(len).map_or(BUFFER, |len| len.min(BUFFER));
     let mut buffer = vec![0; room];
     let (mut at, mut untold) = (0, 0);
@@ -196,18 +203,18 @@ fn write_data(from: &File, to: &File, len: u64, holes: bool, step: &dyn Fn(u64))
             };
             if read == 0 {
                 // The source has shrunk below `at`.
-                step(untold);
+                step(untold)?;
                 return to.set_len(at.min(from.metadata()?.len()));
             }
             to.write_all_at(&buffer[..read], at)?;
             at += read as u64;
             untold += read as u64;
             if untold >= STEP {
-                step(std::mem::take(&mut untold));
+                step(std::mem::take(&mut untold))?;
             }
         }
     }
-    step(untold);
+    step(untold)?;
     to.set_len(len)
 }
 
@@ -294,7 +301,7 @@ mod tests {
 
     fn write(folder: &File, from: &str, to: &str) {
         let source = Source::open(at(folder, from)).unwrap().unwrap();
-        source.write(at(folder, to), &|_| {}).unwrap();
+        source.write(at(folder, to), &|_| Ok(())).unwrap();
     }
 
     #[test]
@@ -320,7 +327,10 @@ mod tests {
         fs::write(folder.path().join("a"), vec![1; 20 << 20]).unwrap();
         let source = Source::open(at(&handle, "a")).unwrap().unwrap();
         let told = std::cell::RefCell::new(Vec::new());
-        let step = |bytes| told.borrow_mut().push(bytes);
+        let step = |bytes| {
+            told.borrow_mut().push(bytes);
+            Ok(())
+        };
         source.write(at(&handle, "b"), &step).unwrap();
         assert_eq!(told.into_inner(), [8 << 20, 8 << 20, 4 << 20]);
     }
@@ -350,7 +360,7 @@ mod tests {
         let (from, to) = (folder.path().join("a"), folder.path().join("b"));
         fs::write(&from, b"four").unwrap();
         let (from, made) = (File::open(&from).unwrap(), File::create(&to).unwrap());
-        write_data(&from, &made, 1 << 20, false, &|_| {}).unwrap();
+        write_data(&from, &made, 1 << 20, false, &|_| Ok(())).unwrap();
         assert_eq!(fs::read(&to).unwrap(), b"four");
     }
 

@@ -191,8 +191,23 @@ impl<W: Way> FileByFile<W> {
             // Room for that was not asked for in the beginning.
             self.must_have_room_for(bytes).map_err(Failure::Storage)?;
         }
-        source.write(to, step)?;
+        let step = |bytes| {
+            step(bytes);
+            self.leave_room_for_servers()
+        };
+        source.write(to, &step)?;
         Ok(Brought::Written(bytes))
+    }
+
+    /// Others fill the disk too while a copy is made. It gives up before servers find none left to
+    /// write their log to, at which they would stop.
+    fn leave_room_for_servers(&self) -> io::Result<()> {
+        match self.pool.space() {
+            Ok(space) if space.free_bytes < self.margin_bytes / 2 => {
+                Err(ErrorKind::StorageFull.into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 

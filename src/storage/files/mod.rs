@@ -381,26 +381,7 @@ pub(super) fn why_not_shared(pool: &Pool) -> Result<Option<String>, StorageError
 
 /// What a failed call means.
 fn failed(pool: &Pool, action: &'static str, path: &Path, source: io::Error) -> StorageError {
-    let denied = |hint: &str| StorageError::Denied {
-        action,
-        path: path.to_owned(),
-        hint: hint.to_owned(),
-    };
-    match source.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => StorageError::Full {
-            action,
-            path: path.to_owned(),
-            pool: pool.path().to_owned(),
-            free_bytes: pool.space().map_or(0, |s| s.free_bytes),
-        },
-        ErrorKind::PermissionDenied => {
-            denied("volumes must belong to the user that dbranch runs as")
-        }
-        ErrorKind::ReadOnlyFilesystem => {
-            denied("the file system is mounted read-only; look why, then mount it writable again")
-        }
-        _ => StorageError::io(action, path)(source),
-    }
+    pool.failure(action, path, 0, source)
 }
 
 fn ended(id: &VolumeId, ending: &str) -> OsString {

@@ -296,7 +296,7 @@ fn a_disk_that_fills_up_in_the_middle_fails_the_clone_and_nothing_else() {
     disk.fill();
     let refused = clone(&ids[2], &|_, _| {}).unwrap_err();
     assert!(matches!(refused, StorageError::NoRoom { .. }), "{refused}");
-    let reopened = crate::storage::reflink::open_by_name(pool(&at)).unwrap();
+    let reopened = crate::storage::reflink::reopen(pool(&at));
     reopened.destroy(&ids[1]).unwrap();
     assert_eq!(volumes(), 1);
 
@@ -324,11 +324,12 @@ fn a_pool_mounted_read_only_says_so_and_is_as_before_afterwards() {
         assert!(done.is_ok_and(|s| s.success()), "root remounts");
     };
     remount("remount,ro");
-    let driver = crate::storage::reflink::open_by_name(pool(&at)).unwrap();
+    let driver = crate::storage::reflink::reopen(pool(&at));
     let clone = || driver.clone_volume(&from, &to, Omit::NOTHING, &|_, _| {});
     for error in [clone().unwrap_err(), driver.destroy(&from).unwrap_err()] {
-        assert!(matches!(error, StorageError::Denied { .. }), "{error}");
-        assert!(error.to_string().contains("read-only"), "{error}");
+        assert!(matches!(error, StorageError::ReadOnly { .. }), "{error}");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("mount -o remount,rw"), "{hint}");
     }
     assert_eq!(driver.list().unwrap(), std::slice::from_ref(&from));
     remount("remount,rw");

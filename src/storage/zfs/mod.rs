@@ -124,6 +124,12 @@ impl Zfs {
         })
     }
 
+    /// The command that mounts the dataset whose mount point a folder is, if there is one.
+    pub(super) fn command_to_mount(folder: &Path) -> Option<String> {
+        let dataset = place::unmounted_at(&Program::find()?, folder)?;
+        Some(super::as_root(&format!("zfs mount {dataset}")))
+    }
+
     /// Root can do everything or nothing; what a user may do only trying tells.
     fn probe(&self) -> Result<(), StorageError> {
         if Uid::effective().is_root() {
