@@ -192,6 +192,20 @@ impl Registry {
         })
     }
 
+    /// How many branches of a project can be used: neither being made, nor in the trash, nor being
+    /// destroyed.
+    pub fn live_count(&self, project: &ProjectId) -> Result<usize> {
+        self.read(|c| {
+            let count: i64 = c
+                .prepare_cached(
+                    "SELECT count(*) FROM branches
+                     WHERE project = ?1 AND trashed_at IS NULL AND stage = 'ready'",
+                )?
+                .query_row([project.as_str()], |row| row.get(0))?;
+            Ok(usize::try_from(count).unwrap_or_default())
+        })
+    }
+
     pub fn branch(&self, id: &BranchId) -> Result<Option<BranchRecord>> {
         self.read(|c| {
             one(

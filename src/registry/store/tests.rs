@@ -389,3 +389,29 @@ fn a_branch_that_is_gone_or_elsewhere_is_not_turned() {
     // What was made stays to be removed.
     assert_eq!(registry.moves().unwrap().len(), 1);
 }
+
+#[test]
+fn what_is_half_made_or_in_the_trash_is_not_counted() {
+    let (_dir, registry) = registry();
+    let project = a_project(Path::new("/repo"), 15432);
+    registry.put_project(&project).unwrap();
+    let add = |name: &str| {
+        let new = a_branch(&project, name);
+        registry
+            .add_branch(&new, (15500, 15509), |_| true)
+            .unwrap()
+            .id
+    };
+    let [ready, half_made, trashed] = [add("a"), add("b"), add("c")];
+    for id in [&ready, &trashed] {
+        registry.set_stage(id, Stage::Ready).unwrap();
+    }
+    registry
+        .set_trashed(std::slice::from_ref(&trashed), SystemTime::now())
+        .unwrap();
+    assert_eq!(registry.live_count(&project.id).unwrap(), 1);
+    registry.set_stage(&half_made, Stage::Ready).unwrap();
+    assert_eq!(registry.live_count(&project.id).unwrap(), 2);
+    registry.set_stage(&ready, Stage::Deleting).unwrap();
+    assert_eq!(registry.live_count(&project.id).unwrap(), 1);
+}
