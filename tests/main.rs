@@ -11,5 +11,6 @@ mod daemon;
 mod doctor;
 mod faults;
 mod git;
+mod pools;
 mod rooms;
 mod sessions;

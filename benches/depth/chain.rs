@@ -5,24 +5,29 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use dbranch::types::VolumeId;
 
-use crate::client;
 use crate::family::Family;
+use crate::floor::Floor;
 use crate::numbers::Samples;
 use crate::pool;
 use crate::server::Server;
+use crate::{SOME, client, number};
 
 /// How often, and how long each time, root and leaf are read in turn.
 const TURNS: usize = 9;
 const TURN: Duration = Duration::from_secs(4);
 
-pub(crate) async fn measure(family: &mut Family<'_>, depth: usize) -> Result<()> {
+pub(crate) async fn measure(family: &mut Family<'_>, floor: Floor, depth: usize) -> Result<()> {
     if depth == 0 {
         return Ok(());
     }
     eprintln!("a chain of {depth}");
-    let (mut times, mut starts) = (Vec::new(), Vec::new());
+    let (mut times, mut by_hand, mut starts) = (Vec::new(), Vec::new(), Vec::new());
     let mut parent = family.root.clone();
     for generation in 1..=depth {
+        // A file in more pieces takes a file system longer to clone, whoever asks for it.
+        if generation <= SOME || generation + SOME > depth {
+            by_hand.push(number::floor_once(family, floor, &parent)?);
+        }
         family.settle()?;
         times.push(family.clone_of(&parent)?);
         parent = family.members.last().context("just made")?.clone();
@@ -41,6 +46,7 @@ pub(crate) async fn measure(family: &mut Family<'_>, depth: usize) -> Result<()>
         server.stop()?;
     }
     crate::compare(&format!("depth: a chain of {depth}, each clone"), &times);
+    crate::compare(&format!("  beside them {}", floor.name()), &by_hand);
     crate::compare("  each start", &starts);
     throughput(family, &parent).await
 }

@@ -131,7 +131,7 @@ async fn run() -> Result<()> {
         if settings.branches + settings.depth > 0 {
             let mut family = Family::found(&programs, &place, driver, settings.scale).await?;
             number::measure(&mut family, floor, settings.branches)?;
-            chain::measure(&mut family, settings.depth).await?;
+            chain::measure(&mut family, floor, settings.depth).await?;
             family.delete_by_lot()?;
         }
         if settings.commands > 0 {

@@ -29,10 +29,11 @@ pub(crate) fn measure(family: &mut Family<'_>, floor: Floor, count: usize) -> Re
     Ok(())
 }
 
-fn floor_once(family: &Family<'_>, floor: Floor, root: &VolumeId) -> Result<Duration> {
+/// Clones a volume by hand and removes the clone.
+pub(crate) fn floor_once(family: &Family<'_>, floor: Floor, of: &VolumeId) -> Result<Duration> {
     let made = family.path(&VolumeId::random());
     family.settle()?;
-    let took = floor.clone_volume(&family.path(root), &made)?;
-    floor.destroy(&family.path(root), &made)?;
+    let took = floor.clone_volume(&family.path(of), &made)?;
+    floor.destroy(&family.path(of), &made)?;
     Ok(took)
 }

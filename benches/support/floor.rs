@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::ioctl;
 use crate::pool;
 
+const BUSY_LIMIT: Duration = Duration::from_secs(10);
+
 /// How a file system is asked for a clone without dbranch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Floor {
@@ -60,11 +62,10 @@ impl Floor {
         match self {
             Self::Btrfs => return ioctl::snapshot(from, &File::open(folder)?, name),
             Self::Zfs => {
-                let (source, pool) = (dataset(from)?, dataset(folder)?);
-                let snapshot = format!("{source}@{name}");
+                let (snapshot, clone) = (format!("{}@{name}", dataset(from)?), dataset(to)?);
                 let begun = Instant::now();
                 zfs(&["snapshot", &snapshot])?;
-                zfs(&["clone", &snapshot, &format!("{pool}/{name}")])?;
+                zfs(&["clone", &snapshot, &clone])?;
                 return Ok(begun.elapsed());
             }
             Self::Reflink => cp.args(["-a", "--reflink=always"]),
@@ -91,7 +92,14 @@ impl Floor {
                     .context("no name")?;
                 let (source, clone) = (dataset(from)?, dataset(made)?);
                 begun = Instant::now();
-                zfs(&["destroy", &clone])?;
+                // A moment after its server has ended it may still be busy.
+                let limit = begun + BUSY_LIMIT;
+                while let Err(e) = zfs(&["destroy", &clone]) {
+                    if Instant::now() > limit {
+                        return Err(e);
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
                 zfs(&["destroy", &format!("{source}@{name}")])?;
             }
             Self::Reflink | Self::Copy => {
@@ -103,10 +111,16 @@ impl Floor {
     }
 }
 
-fn dataset(mounted_at: &Path) -> Result<String> {
+/// The dataset of a volume: a child of the pool's, named as its folder is.
+fn dataset(volume: &Path) -> Result<String> {
+    let pool = volume.parent().context("no folder")?;
+    let name = volume
+        .file_name()
+        .and_then(|n| n.to_str())
+        .context("no name")?;
     let mut list = Command::new("zfs");
-    list.args(["list", "-H", "-o", "name"]).arg(mounted_at);
-    Ok(pool::run(&mut list)?.trim().to_owned())
+    list.args(["list", "-H", "-o", "name"]).arg(pool);
+    Ok(format!("{}/{name}", pool::run(&mut list)?.trim()))
 }
 
 fn zfs(args: &[&str]) -> Result<()> {

@@ -99,6 +99,26 @@ pub enum Request {
     Hook { at: At },
     /// Answer: array of [`Finding`].
     Doctor { at: Option<At> },
+    /// What is still to be done to a set-up pool; changes nothing. Answer: [`PoolPlan`].
+    PoolPlan { job: PoolJob, at: Option<At> },
+    /// Runs as root, by a container, the next group of the job's plan, if that still is `script`.
+    /// Answer: what it said, a string.
+    PoolRun {
+        job: PoolJob,
+        script: String,
+        at: Option<At>,
+    },
+    /// New projects use this set-up pool from now on. Answer: [`PoolAdopted`].
+    PoolAdopt { path: PathBuf },
+    /// New projects use it no more. Answer: whether they did.
+    PoolForget { path: PathBuf },
+    /// Answer: array of [`PoolInfo`].
+    Pools {
+        #[serde(default)]
+        unit_dir: Option<PathBuf>,
+        #[serde(default)]
+        fstab: Option<PathBuf>,
+    },
 }
 
 impl Request {
@@ -120,7 +140,11 @@ impl Request {
             | Self::Logs { .. }
             | Self::Allow { .. }
             | Self::Hook { .. }
-            | Self::Doctor { .. } => true,
+            | Self::Doctor { .. }
+            | Self::PoolPlan { .. }
+            | Self::PoolAdopt { .. }
+            | Self::PoolForget { .. }
+            | Self::Pools { .. } => true,
             // The second `-` would go back.
             Self::Use { to, .. } => *to != UseTarget::Previous,
             Self::Shutdown { .. }
@@ -128,9 +152,40 @@ impl Request {
             | Self::Create { .. }
             | Self::Delete { .. }
             | Self::Undelete { .. }
-            | Self::DeleteProject { .. } => false,
+            | Self::DeleteProject { .. }
+            | Self::PoolRun { .. } => false,
         }
     }
+}
+
+/// What is to become of a pool that dbranch sets up itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolJob {
+    /// The mount point. Default: the pool of the settings where it is such a one, else the usual
+    /// place.
+    pub path: Option<PathBuf>,
+    pub change: PoolChange,
+    /// Do it although the room is not there, or although it is not needed.
+    pub force: bool,
+    /// Where systemd's units lie, or fstab, if not where this machine has them.
+    #[serde(default)]
+    pub unit_dir: Option<PathBuf>,
+    #[serde(default)]
+    pub fstab: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolChange {
+    SetUp {
+        size_bytes: Option<u64>,
+        /// `btrfs` or `xfs`.
+        file_system: Option<String>,
+    },
+    Grow {
+        size_bytes: u64,
+    },
+    Remove,
 }
 
 /// What `use` turns to.
@@ -472,4 +527,85 @@ pub enum Level {
     Ok,
     Warning,
     Problem,
+}
+
+/// What is still to be done to a set-up pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolPlan {
+    pub path: PathBuf,
+    /// The file that holds its file system.
+    pub image: PathBuf,
+    pub file_system: Option<String>,
+    /// What the file has or will have.
+    pub size_bytes: u64,
+    /// Free on the disk that the file lies on.
+    pub host_free_bytes: u64,
+    /// In this order; none when all is done.
+    pub groups: Vec<PoolScript>,
+    /// Things worth knowing before it is done.
+    pub notes: Vec<String>,
+    /// Why there is no need for it.
+    pub not_needed: Option<String>,
+    /// Whether new projects use it already.
+    pub is_in_use: bool,
+    /// The image whose container could run what needs root.
+    pub container_image: Option<String>,
+}
+
+/// Commands for sh(1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolScript {
+    pub as_root: bool,
+    pub script: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolAdopted {
+    pub path: PathBuf,
+    pub driver: String,
+    /// False when new projects used it already.
+    pub is_new: bool,
+    pub settings_file: PathBuf,
+    /// A variable that says otherwise to the daemon.
+    pub overridden_by: Option<String>,
+    /// Projects with branches elsewhere, which stay there.
+    pub projects_elsewhere: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolInfo {
+    pub path: PathBuf,
+    /// The storage drivers of its branches, or of those to be made there.
+    pub driver: Option<String>,
+    pub file_system: Option<String>,
+    pub mount_options: Option<String>,
+    pub total_bytes: Option<u64>,
+    pub free_bytes: Option<u64>,
+    /// The file it lies in, where `dbranch storage setup` made it.
+    pub image: Option<PoolImage>,
+    /// The file that has it mounted when the machine starts.
+    pub mounted_by: Option<PathBuf>,
+    pub for_new_projects: bool,
+    pub branches: Vec<PoolBranches>,
+    pub problem: Option<String>,
+    /// The command that mends the problem.
+    pub fix: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolImage {
+    pub path: PathBuf,
+    pub size_bytes: u64,
+    /// What it takes on the disk below.
+    pub allocated_bytes: u64,
+    /// Free on that disk.
+    pub host_free_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolBranches {
+    pub project: String,
+    pub branches: usize,
+    /// More, in the trash.
+    pub trashed: usize,
 }

@@ -67,6 +67,7 @@ pub(super) enum Command {
     Show(commands::show::Args),
     Status(commands::status::Args),
     Usage(commands::usage::Args),
+    Storage(commands::storage::Args),
     Url(commands::url::Args),
     Env(commands::env::Args),
     Psql(commands::psql::Args),

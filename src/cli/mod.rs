@@ -144,6 +144,7 @@ fn dispatch(cx: &Context, cli: Cli) -> Result<ExitStatus, Report> {
         Command::Show(args) => c::show::run(cx, args),
         Command::Status(args) => c::status::run(cx, &args),
         Command::Usage(args) => c::usage::run(cx, &args),
+        Command::Storage(args) => c::storage::run(cx, args),
         Command::Url(args) => c::url::run(cx, args),
         Command::Env(args) => c::env::run(cx, args),
         Command::Psql(args) => c::psql::run(cx, args),

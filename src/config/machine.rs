@@ -4,12 +4,14 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::json::{Key, Source};
 use super::{ConfigError, Paths};
+use crate::fsx::write_atomic;
 
 /// The word that leaves a choice to dbranch.
 const AUTO: &str = "auto";
@@ -82,6 +84,33 @@ impl Machine {
     /// and `DBRANCH_POOL`, which win.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
         Self::load_with(paths, |name| std::env::var_os(name))
+    }
+
+    /// The pool that the machine's file names, whatever variables say.
+    pub fn pool_in_file(paths: &Paths) -> Result<Option<PathBuf>, ConfigError> {
+        Ok(Self::load_with(paths, |_| None)?.pool.value)
+    }
+
+    /// Writes the pool into the machine's file, or with `None` takes it out; all else stays.
+    /// Whatever is wrong with the file is an error, and then it is not touched.
+    pub fn save_pool(paths: &Paths, pool: Option<&Path>) -> Result<(), ConfigError> {
+        // Without the variables: they are not the file's.
+        Self::load_with(paths, |_| None)?;
+        let path = paths.machine_file();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == ErrorKind::NotFound => "{}".into(),
+            Err(e) => return Err(ConfigError::io("read", &path, &e)),
+        };
+        let mut settings: Map<String, Value> = serde_json::from_str(&text)
+            .map_err(|e| ConfigError::invalid(format!("{}: {e}", path.display())))?;
+        match pool {
+            Some(pool) => settings.insert("pool".into(), pool.display().to_string().into()),
+            None => settings.remove("pool"),
+        };
+        let text = format!("{:#}\n", Value::Object(settings));
+        write_atomic(&path, text.as_bytes(), 0o600, None)
+            .map_err(|e| ConfigError::io("write", &path, &e))
     }
 
     fn load_with(
@@ -208,6 +237,33 @@ mod tests {
         assert_eq!(machine.storage.origin, Origin::Variable("DBRANCH_STORAGE"));
         assert_eq!(machine.pool.value, Some("/a".into()));
         assert!(matches!(machine.pool.origin, Origin::File(_)));
+    }
+
+    #[test]
+    fn the_pool_is_written_beside_the_other_settings() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::under(dir.path());
+        paths.create().unwrap();
+        Machine::save_pool(&paths, Some(Path::new("/a b"))).unwrap();
+        let pool = || Machine::pool_in_file(&paths).unwrap();
+        assert_eq!(pool(), Some("/a b".into()));
+
+        fs::write(
+            paths.machine_file(),
+            r#"{"runtime": "native", "pool": "/x"}"#,
+        )
+        .unwrap();
+        Machine::save_pool(&paths, Some(Path::new("/y"))).unwrap();
+        assert_eq!(pool(), Some("/y".into()));
+        Machine::save_pool(&paths, None).unwrap();
+        assert_eq!(pool(), None);
+        let machine = Machine::load_with(&paths, |_| None).unwrap();
+        assert_eq!(machine.runtime.value, "native");
+
+        let broken = r#"{"pool": "/x", "storge": "copy"}"#;
+        fs::write(paths.machine_file(), broken).unwrap();
+        Machine::save_pool(&paths, Some(Path::new("/y"))).unwrap_err();
+        assert_eq!(fs::read_to_string(paths.machine_file()).unwrap(), broken);
     }
 
     #[test]

@@ -34,6 +34,7 @@ const PRIVATE: u32 = 0o700;
 ///   run/daemon.sock  i/<branch id>/.s.PGSQL.5432
 ///   log/daemon.log  <branch id>.log
 ///   pool/                        (the default one)
+///   cow-pool/  cow-pool.img      (set up by `dbranch storage setup`)
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Paths {
@@ -148,6 +149,11 @@ impl Paths {
         self.state.join("daemon.lock")
     }
 
+    /// Locked while a command sets up, grows or removes a pool; never deleted.
+    pub fn storage_lock(&self) -> PathBuf {
+        self.state.join("storage.lock")
+    }
+
     /// The Unix socket of the api.
     pub fn daemon_socket(&self) -> PathBuf {
         self.run.join("daemon.sock")
@@ -185,6 +191,11 @@ impl Paths {
     /// The pool where the machine's settings name no other.
     pub fn default_pool(&self) -> &Path {
         &self.pool
+    }
+
+    /// Where `dbranch storage setup` mounts a pool when nobody names another place.
+    pub fn cow_pool(&self) -> PathBuf {
+        self.pool.with_file_name("cow-pool")
     }
 
     /// The machine's settings.

@@ -6,6 +6,7 @@
 mod answers;
 mod control;
 mod heads;
+mod pools;
 mod ports;
 mod requests;
 mod tcp;

@@ -6,6 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::answers;
 use super::heads::Heads;
+use super::pools;
 use super::tcp::TcpApi;
 use crate::api::serve::{Handler, Tell};
 use crate::api::types::{
@@ -233,6 +234,22 @@ impl Requests {
                 let location = at.map(place);
                 let checks = engine.doctor(location.as_ref()).await?;
                 json(checks.into_iter().map(answers::finding).collect::<Vec<_>>())
+            }
+            Request::PoolPlan { job, at } => {
+                let at = at.map(place);
+                let plan = engine.plan_pool(&pools::job(job)?, at.as_ref()).await?;
+                json(pools::plan(plan))
+            }
+            Request::PoolRun { job, script, at } => {
+                let at = at.map(place);
+                let job = pools::job(job)?;
+                json(engine.run_pool_plan(&job, &script, at.as_ref()).await?)
+            }
+            Request::PoolAdopt { path } => json(pools::adopted(engine.adopt_pool(&path).await?)),
+            Request::PoolForget { path } => json(engine.forget_pool(&path)?),
+            Request::Pools { unit_dir, fstab } => {
+                let all = engine.pools(unit_dir, fstab).await?;
+                json(all.into_iter().map(pools::info).collect::<Vec<_>>())
             }
         }
     }

@@ -48,6 +48,11 @@ impl EngineError {
         }
     }
 
+    /// A word that stands for nothing known; the message says what there is.
+    pub(crate) fn unknown_word(message: impl Into<String>) -> Self {
+        Self::refused(message).hint("see the command's `--help`")
+    }
+
     pub(crate) fn bug(message: impl Into<String>) -> Self {
         Self {
             kind: Kind::Bug,
@@ -174,6 +179,12 @@ impl From<StorageError> for EngineError {
             message,
             hint,
         }
+    }
+}
+
+impl From<crate::storage::image::Refused> for EngineError {
+    fn from(e: crate::storage::image::Refused) -> Self {
+        Self::refused(e.message).hint(e.hint)
     }
 }
 

@@ -23,6 +23,7 @@ mod instances;
 mod parent;
 mod pools;
 mod project;
+mod reach;
 mod recover;
 mod recut;
 mod root;
@@ -47,7 +48,9 @@ pub use doctor::{Check, Level};
 pub use error::{EngineError, Kind};
 pub use follow::{Followed, Switched, Target, Urge};
 pub use instances::{InstanceState, Lease, Served};
+pub use pools::{Adopted, BranchesInPool, PoolChange, PoolFile, PoolJob, PoolPlan, PoolStatus};
 pub use project::Registered;
+use reach::POOL_MARK;
 pub use recover::Reconciled;
 pub use root::InitRequest;
 pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
@@ -143,7 +146,7 @@ pub struct Engine(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     paths: Paths,
-    machine: Machine,
+    machine: Mutex<Machine>,
     registry: Registry,
     ports: Arc<dyn Ports>,
     owner: Owner,
@@ -174,7 +177,7 @@ impl Engine {
         let owner = owner_of_data()?;
         Ok(Self(Arc::new(Inner {
             paths,
-            machine,
+            machine: Mutex::new(machine),
             registry,
             ports,
             owner,
@@ -253,6 +256,18 @@ impl Engine {
     /// The owner to give files to; none where this process can't give any away.
     fn give_to(&self) -> Option<Owner> {
         nix::unistd::geteuid().is_root().then_some(self.0.owner)
+    }
+
+    /// The machine's settings as they are now.
+    fn machine(&self) -> Machine {
+        lock(&self.0.machine).clone()
+    }
+
+    /// Reads the machine's settings anew: from here on they hold for what is made.
+    fn reload_machine(&self) -> Result<Machine> {
+        let machine = Machine::load(&self.0.paths)?;
+        *lock(&self.0.machine) = machine.clone();
+        Ok(machine)
     }
 
     /// Where a branch's data lies, if its pool is there. The pool need not be in order: a server that

@@ -129,10 +129,8 @@ impl Engine {
         request: &InitRequest,
         to: &Reporter,
     ) -> Result<Arc<dyn StorageDriver>> {
-        let word = request
-            .storage
-            .as_ref()
-            .unwrap_or(&self.0.machine.storage.value);
+        let set = self.machine().storage.value;
+        let word = request.storage.as_ref().unwrap_or(&set);
         let choice: Choice = word.parse().map_err(|e: Invalid| {
             EngineError::config(e.to_string())
                 .hint(format!("set DBRANCH_STORAGE to one of {}", Choice::names()))
@@ -153,10 +151,8 @@ impl Engine {
         config: &ProjectConfig,
         to: &Reporter,
     ) -> Result<ServerRecord> {
-        let word = request
-            .runtime
-            .as_ref()
-            .unwrap_or(&self.0.machine.runtime.value);
+        let set = self.machine().runtime.value;
+        let word = request.runtime.as_ref().unwrap_or(&set);
         let kind = match word.as_str() {
             "auto" => None,
             name => Some(name.parse::<RuntimeKind>().map_err(|e| {

@@ -111,28 +111,29 @@ const ALL: &str = "SELECT (SELECT count(*) || ' ' || coalesce(sum(i), 0) FROM t)
     || (SELECT '; ' || count(*) FROM u) || (SELECT '; ' || count(*) FROM pg_prepared_xacts)";
 
 /// Steps of the parent before the first cut, between it and the checkpoint, between that
-/// and the second cut; and whether the second clone then holds the same.
+/// and the second cut; and whether the second clone then counts as the same. None where that hangs
+/// on what the server flushed by itself; in any case, what counts as the same must be.
 struct Case {
     what: &'static str,
     steps: [&'static str; 3],
-    same: bool,
+    same: Option<bool>,
 }
 
 const CASES: &[Case] = &[
     Case {
         what: "nothing happens",
         steps: ["", "", ""],
-        same: true,
+        same: Some(true),
     },
     Case {
         what: "a commit before the checkpoint",
         steps: ["", "INSERT INTO t VALUES (1)", ""],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a commit behind the checkpoint",
         steps: ["", "", "INSERT INTO t VALUES (2)"],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a commit that was not flushed when the first clone was cut",
@@ -141,12 +142,12 @@ const CASES: &[Case] = &[
             "SET synchronous_commit = on",
             "",
         ],
-        same: false,
+        same: None,
     },
     Case {
         what: "more checkpoints than one",
         steps: ["", "CHECKPOINT; CHECKPOINT", "CHECKPOINT"],
-        same: true,
+        same: Some(true),
     },
     Case {
         what: "an open transaction that wrote before",
@@ -156,23 +157,23 @@ const CASES: &[Case] = &[
             "",
             "",
         ],
-        // Its last record lies in the buffers only.
-        same: false,
+        // Its last record lies in the buffers only, as a rule.
+        same: None,
     },
     Case {
         what: "an open transaction goes on writing",
         steps: ["", "INSERT INTO t VALUES (4)", "ROLLBACK"],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a row of an unlogged table",
         steps: ["", "INSERT INTO u VALUES (1)", ""],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a setting by ALTER SYSTEM",
         steps: ["", "ALTER SYSTEM SET work_mem = '7MB'", ""],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a sequence within what it logged ahead",
@@ -181,7 +182,7 @@ const CASES: &[Case] = &[
             "SELECT nextval('s')",
             "",
         ],
-        same: true,
+        same: Some(true),
     },
     Case {
         what: "a transaction that was prepared before",
@@ -190,22 +191,22 @@ const CASES: &[Case] = &[
             "",
             "",
         ],
-        same: true,
+        same: Some(true),
     },
     Case {
         what: "a prepared transaction's commit",
         steps: ["", "COMMIT PREPARED 'p'", ""],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a table is dropped",
         steps: ["CREATE TABLE d AS SELECT 1", "DROP TABLE d", ""],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a switch to the next file of the log",
         steps: ["", "SELECT pg_switch_wal()", ""],
-        same: false,
+        same: Some(false),
     },
     Case {
         what: "a switch before the first clone is cut",
@@ -214,7 +215,7 @@ const CASES: &[Case] = &[
             "SELECT 1",
             "SELECT 1",
         ],
-        same: true,
+        same: Some(true),
     },
 ];
 
@@ -239,12 +240,9 @@ async fn only_what_is_the_same_counts_as_the_same(test: &str, programs: Programs
         client.batch_execute(steps[2]).await.unwrap();
         let second = parent.cut();
         let found = cut.and_then(|cut| cut.holds_what(&parent.data_dir(&second)));
-        assert_eq!(
-            found.as_ref().is_ok_and(|same| *same),
-            *same,
-            "{what}: {found:?}"
-        );
-        if *same {
+        let counts = found.as_ref().is_ok_and(|same| *same);
+        assert_eq!(counts, same.unwrap_or(counts), "{what}: {found:?}");
+        if counts {
             assert_eq!(
                 parent.shown_by(&second, ALL).await,
                 parent.shown_by(&first, ALL).await,
@@ -284,6 +282,10 @@ async fn only_what_is_the_same_counts_as_the_same(test: &str, programs: Programs
         assert_eq!(shown, before, "what was not committed");
     }
 
+    client
+        .batch_execute("INSERT INTO t VALUES (8)")
+        .await
+        .unwrap();
     let [first, second] = [parent.cut(), parent.cut()];
     let cut = Cut::of(&parent.data_dir(&first)).unwrap();
     let found = cut.holds_what(&parent.data_dir(&second)).unwrap();

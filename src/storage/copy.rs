@@ -47,7 +47,7 @@ impl Way for Copy {
 }
 
 const BETTER_POOL: &str = "on btrfs, ZFS or XFS a branch takes milliseconds and next to no room, \
-                           whatever the size: move the pool there";
+                           whatever the size: `dbranch storage setup` makes such a pool on any disk";
 
 pub(super) fn open(pool: Pool, why_no_better: Option<String>) -> FileByFile<Copy> {
     // Only for what is said: a disk that is full, for example, is no reason not to open.

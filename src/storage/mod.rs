@@ -17,6 +17,7 @@ mod copy;
 mod detect;
 mod files;
 pub mod health;
+pub mod image;
 #[cfg(test)]
 mod many_tests;
 mod mounts;
@@ -268,6 +269,7 @@ pub struct Usages {
     pub notes: Vec<String>,
 }
 
+#[cfg(target_os = "linux")]
 impl Usages {
     /// The same with only these volumes; the holders stay.
     fn only(mut self, ids: &[VolumeId]) -> Self {
@@ -312,6 +314,13 @@ pub enum StorageError {
         path: PathBuf,
         hint: String,
     },
+    /// The pool's file system is not mounted now, or the pool is about to go.
+    #[error("the pool {} {why}", path.display())]
+    OutOfUse {
+        path: PathBuf,
+        why: &'static str,
+        hint: String,
+    },
     #[error("the file system of {} is mounted read-only", path.display())]
     ReadOnly { path: PathBuf },
     /// btrfs keeps its trees apart from data, and each can be full alone.
@@ -348,6 +357,9 @@ impl StorageError {
             Self::Unsupported { .. } => Some(
                 "choose the storage driver `auto` or `copy`, or a pool on btrfs, ZFS or XFS".into(),
             ),
+            Self::NoRoom { path, .. } | Self::Full { pool: path, .. } if image::is_set_up(path) => {
+                Some("delete branches (`dbranch usage`), or give the pool more: `dbranch storage grow --size SIZE`".into())
+            }
             Self::NoRoom { path, .. } => Some(format!(
                 "make room in {} (dbranch usage shows what branches take), or move the pool to a file \
                  system that shares blocks (btrfs, ZFS, XFS)",
@@ -357,7 +369,7 @@ impl StorageError {
                 "make room in {}: dbranch usage, then dbranch delete --now what is not needed",
                 pool.display()
             )),
-            Self::Denied { hint, .. } => Some(hint.clone()),
+            Self::Denied { hint, .. } | Self::OutOfUse { hint, .. } => Some(hint.clone()),
             Self::Obstacle { fix, .. } => Some(fix.clone()),
             Self::ReadOnly { path } => Some(as_root(&format!(
                 "mount -o remount,rw {}",

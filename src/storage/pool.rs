@@ -2,14 +2,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
-use super::{Space, StorageError};
+use super::{Space, StorageError, image};
 use crate::types::{Owner, VolumeId};
 
 /// Ending of a clone that is being made, and of a volume that is being destroyed.
@@ -28,6 +28,7 @@ impl Pool {
     /// Makes the folder when it is missing: mode 0711 as root, so that the owner of
     /// the volumes can pass through, else 0700.
     pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, StorageError> {
+        image::must_be_in_use(path)?;
         Self::make(path)?;
         let pool = Self::existing_at(path, owner)?;
         if Uid::effective().is_root() {
@@ -164,6 +165,7 @@ impl Pool {
         &self.path
     }
 
+    #[cfg(target_os = "linux")]
     pub(super) fn folder(&self) -> Result<File, StorageError> {
         open_folder(&self.path).map_err(|e| match e {
             StorageError::Io { action, source, .. } => self.failure(action, &self.path, 0, source),
@@ -250,14 +252,13 @@ impl Pool {
     }
 
     pub(super) fn space(&self) -> Result<Space, StorageError> {
-        space_of(&self.path)
+        space_of(&self.path).map_err(StorageError::io("read the free room of", &self.path))
     }
 }
 
 /// Room in the file system that holds a path.
-pub(super) fn space_of(path: &Path) -> Result<Space, StorageError> {
-    let stat =
-        statvfs(path).map_err(|e| StorageError::io("read the free room of", path)(e.into()))?;
+pub(super) fn space_of(path: &Path) -> io::Result<Space> {
+    let stat = statvfs(path)?;
     #[expect(
         clippy::useless_conversion,
         reason = "the counts have 32 bits on some systems"

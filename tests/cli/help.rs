@@ -2,7 +2,7 @@
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 26] = [
+const COMMANDS: [&str; 27] = [
     "init",
     "init-postgres",
     "start",
@@ -15,6 +15,7 @@ const COMMANDS: [&str; 26] = [
     "show",
     "status",
     "usage",
+    "storage",
     "delete",
     "undelete",
     "delete-project",

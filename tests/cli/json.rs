@@ -119,6 +119,63 @@ fn usage_counts_bytes_of_branches_and_pool() {
 }
 
 #[test]
+fn usage_says_who_shares_what_and_what_deleting_frees() {
+    let Some(env) = TestEnv::ready() else { return };
+    let _ = env.dbranch(&["create", "b"]).ok();
+    let _ = env.dbranch(&["create", "gone"]).ok();
+    let _ = env.dbranch(&["delete", "gone", "--yes"]).ok();
+    let usage = env.dbranch(&["usage", "--sort", "age", "--json"]).json();
+    let names: Vec<&str> = usage["branches"]
+        .as_array()
+        .expect("an array")
+        .iter()
+        .filter_map(|branch| branch["name"].as_str())
+        .collect();
+    assert_eq!(names, ["main", "b", "gone"]);
+    assert_eq!(usage["trash"]["branches"], 1);
+    let bytes = |value: &Value| value.as_u64().expect("a number");
+    let total = bytes(&usage["total"]["freed_by_delete_bytes"]);
+    let mut largest = 0;
+    for branch in usage["branches"].as_array().expect("an array") {
+        has_keys(
+            branch,
+            &["shared_bytes", "freed_by_delete_bytes", "trashed"],
+        );
+        assert_eq!(branch["trashed"], branch["name"] == "gone", "{branch}");
+        assert!(bytes(&branch["freed_by_delete_bytes"]) <= total, "{usage}");
+        largest = largest.max(bytes(&branch["logical_bytes"]));
+        for with in branch["shared_with"].as_array().expect("an array") {
+            assert!(
+                bytes(&with["bytes"]) <= bytes(&branch["shared_bytes"]),
+                "{branch}"
+            );
+            let kind = if with["name"] == "gone" {
+                "trash"
+            } else {
+                "branch"
+            };
+            assert_eq!(with["kind"], kind, "{branch}");
+        }
+    }
+    let b = &usage["branches"][1];
+    // On other file systems a copy may or may not share.
+    if env.storage.name() == "btrfs" {
+        assert_eq!(b["shared_with"].as_array().map(Vec::len), Some(2), "{b}");
+        assert!(bytes(&b["shared_bytes"]) > largest / 2, "{b}");
+        assert!(
+            total < 2 * largest,
+            "three branches, hardly more than one: {usage}"
+        );
+    }
+    // For people: a line each, in columns, and the pool's state beside the answer.
+    let table = env.dbranch(&["usage"]).ok();
+    assert_eq!(table.stdout.lines().count(), 6, "{table}");
+    assert!(table.stdout.starts_with("NAME"), "{table}");
+    assert!(!table.stdout.contains('\x1b'), "{table}");
+    assert!(table.stderr.starts_with("pool: "), "{table}");
+}
+
+#[test]
 fn url_is_one_line_on_standard_output_and_nothing_else() {
     let Some(env) = TestEnv::ready() else { return };
     let url = env.dbranch(&["url"]).ok();

@@ -41,7 +41,7 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
     // All are looked at before the first is touched.
     let mut what = Vec::new();
     for name in &names {
-        what.push(describe(cx, &at, name, args.now)?);
+        what.push(describe(cx, &at, name, args)?);
     }
     let (what, branch) = (
         what.join(", "),
@@ -88,13 +88,18 @@ pub(crate) fn run(cx: &Context, args: &Args) -> Result<ExitStatus, Report> {
 }
 
 /// A branch and what would be lost with it. What there is not is the daemon's to refuse.
-fn describe(cx: &Context, at: &At, name: &BranchName, now: bool) -> Result<String, Report> {
+fn describe(cx: &Context, at: &At, name: &BranchName, args: &Args) -> Result<String, Report> {
     let list = |trash| -> Result<Vec<BranchInfo>, Report> {
         let at = at.clone();
         cx.call_as(&Request::List { at, trash })
     };
     let is_meant = |b: &BranchInfo| b.name == *name || b.id.as_str() == name.as_str();
-    if now && !list(false)?.iter().any(is_meant) && list(true)?.iter().any(is_meant) {
+    let is_live = || Ok::<_, Report>(list(false)?.iter().any(is_meant));
+    if args.yes && is_live()? {
+        // Nobody asks what would be lost, and to count its bytes takes longer than the deletion.
+        return Ok(format!("`{name}`"));
+    }
+    if args.now && !is_live()? && list(true)?.iter().any(is_meant) {
         return Ok(format!("`{name}` (in the trash)"));
     }
     let request = Request::Show {

@@ -38,6 +38,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
     let location = cx.location()?;
+    let ask_anything = !args.yes;
     // A daemon that runs already has not seen this shell's variables.
     Machine::load(&cx.paths)?;
     let Some(top) = location.worktree.clone() else {
@@ -90,6 +91,9 @@ pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
     } else {
         tell(cx, &project, &file, created);
         doctor::show(cx.ui, &findings)?;
+    }
+    if ask_anything && project.branches == 0 {
+        super::storage::setup::offer(cx)?;
     }
     cx.ui.hint(if project.branches == 0 {
         "make the first database branch with `dbranch init-postgres`"

@@ -21,6 +21,7 @@ pub(super) mod shutdown;
 pub(super) mod start;
 pub(super) mod status;
 pub(super) mod stop;
+pub(super) mod storage;
 pub(super) mod sync;
 pub(super) mod undelete;
 pub(super) mod uninstall_hooks;

@@ -316,3 +316,128 @@ fn sharers(branch: &BranchUsage, width: Option<usize>) -> String {
             .unwrap_or_else(|| grid::cut(&some(0), width)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::ColorChoice;
+
+    use super::*;
+    use crate::api::types::{PoolUsage, SharedWith, TrashUsage, UsageTotal};
+    use crate::types::BranchName;
+
+    const MIB: u64 = 1 << 20;
+
+    fn branch(name: &str, own: u64, shared: u64, with: &[&str]) -> BranchUsage {
+        BranchUsage {
+            name: BranchName::new(name).unwrap(),
+            logical_bytes: (own + shared) * MIB,
+            exclusive_bytes: own * MIB,
+            shared_bytes: shared * MIB,
+            freed_by_delete_bytes: own * MIB,
+            shared_with: Some(
+                with.iter()
+                    .map(|name| SharedWith {
+                        name: (*name).to_owned(),
+                        kind: SharerKind::Branch,
+                        bytes: shared,
+                    })
+                    .collect(),
+            ),
+            shared_with_more: 0,
+            trashed: false,
+        }
+    }
+
+    fn usage() -> UsageInfo {
+        let mut old = branch("old", 5, 1000, &["main"]);
+        old.trashed = true;
+        UsageInfo {
+            branches: vec![
+                branch("main", 1, 1023, &["feature/login", "b", "c", "d"]),
+                branch("feature/login", 512, 512, &["main"]),
+                old,
+            ],
+            total: UsageTotal {
+                logical_bytes: 3 * 1024 * MIB,
+                exclusive_bytes: 518 * MIB,
+                shared_bytes: Some(1023 * MIB),
+                freed_by_delete_bytes: Some(1541 * MIB),
+            },
+            trash: TrashUsage {
+                branches: 1,
+                freed_by_delete_bytes: Some(5 * MIB),
+            },
+            pool: PoolUsage {
+                driver: "btrfs".into(),
+                path: "/pool".into(),
+                total_bytes: 0,
+                free_bytes: 0,
+            },
+            notes: Vec::new(),
+        }
+    }
+
+    fn shown(usage: &UsageInfo, width: Option<usize>) -> Vec<String> {
+        let ui = Ui::new(ColorChoice::Never, false, false);
+        let room = Room {
+            width,
+            unicode: true,
+        };
+        lines(ui, usage, &room)
+    }
+
+    #[test]
+    fn numbers_bars_and_names_stand_in_columns_and_the_trash_apart() {
+        assert_eq!(
+            shown(&usage(), None),
+            [
+                "NAME                   SIZE        OWN      SHARED      FREED              SHARED WITH",
+                "main                1.0 GiB    1.0 MiB  1023.0 MiB    1.0 MiB  ▏░░░░░░░░░  feature/login, b, c +1",
+                "feature/login       1.0 GiB  512.0 MiB   512.0 MiB  512.0 MiB  █████░░░░░  main",
+                "in the trash (1):                                     5.0 MiB",
+                "old              1005.0 MiB    5.0 MiB  1000.0 MiB    5.0 MiB  ▏░░░░░░░░░  main",
+                "all 3               3.0 GiB  518.0 MiB  1023.0 MiB    1.5 GiB",
+            ]
+        );
+    }
+
+    #[test]
+    fn no_line_is_wider_than_the_terminal() {
+        let mut usage = usage();
+        usage.branches[1] = branch(&"x".repeat(200), 1, 1, &[&"y".repeat(200), "main"]);
+        for width in 64..200 {
+            for line in shown(&usage, Some(width)) {
+                assert!(grid::width(&line) <= width, "{width}: {line}");
+            }
+        }
+        let line = &shown(&usage, Some(100))[1];
+        assert!(line.contains("feature/login +3"), "{line}");
+        let narrow = shown(&usage, Some(64));
+        assert!(narrow[2].contains("xxx…"), "{narrow:?}");
+    }
+
+    #[test]
+    fn what_the_file_system_does_not_tell_is_not_made_up() {
+        let mut usage = usage();
+        usage.branches[0].shared_with = None;
+        usage.total.freed_by_delete_bytes = None;
+        let lines = shown(&usage, None);
+        assert!(lines[1].ends_with("not told"), "{lines:?}");
+        assert!(lines[5].ends_with('?'), "{lines:?}");
+    }
+
+    #[test]
+    fn the_largest_comes_first_whatever_is_asked_for() {
+        let order = |by| {
+            let mut branches = usage().branches;
+            branches.pop();
+            sort(&mut branches, by);
+            branches[0].name.to_string()
+        };
+        assert_eq!(order(Sort::Freed), "feature/login");
+        assert_eq!(order(Sort::Own), "feature/login");
+        assert_eq!(order(Sort::Shared), "main");
+        assert_eq!(order(Sort::Name), "feature/login");
+        assert_eq!(order(Sort::Age), "main");
+    }
+}

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{Check, Level};
-use crate::engine::pools::POOL_MARK;
+use crate::engine::POOL_MARK;
 use crate::engine::{Engine, EngineError, Result, blocking};
 use crate::fsx::{as_root, shell_word};
 use crate::registry::BranchRecord;
@@ -141,7 +141,7 @@ impl Engine {
 
     /// Whether branches there could be made in a better way.
     async fn check_driver(&self, path: &Path, pool: &PoolInUse) -> Option<Check> {
-        let choice = match self.0.machine.storage.value.parse::<Choice>() {
+        let choice = match self.machine().storage.value.parse::<Choice>() {
             Ok(choice) => choice,
             Err(e) => {
                 return Some(Check::problem(
@@ -158,7 +158,8 @@ impl Engine {
                     "driver",
                     format!(
                         "the storage driver `{kind}` is asked for by {}: {}",
-                        self.0.machine.storage.origin, e.message
+                        self.machine().storage.origin,
+                        e.message
                     ),
                     e.hint.unwrap_or_default(),
                 )),

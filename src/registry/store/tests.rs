@@ -289,7 +289,7 @@ fn a_registry_from_before_spare_volumes_goes_on() {
     registry
         .read(|c| {
             c.execute_batch("DROP TABLE spare_volumes")?;
-            Ok(c.pragma_update(None, "user_version", 1)?)
+            Ok(c.pragma_update(None, "user_version", 2)?)
         })
         .unwrap();
     drop(registry);

@@ -7,6 +7,7 @@
 mod connect;
 mod container;
 mod credentials;
+mod host;
 mod image;
 mod once;
 

@@ -34,6 +34,8 @@ pub(super) struct Once<'a> {
     pub(super) binds: Vec<String>,
     /// Declared volumes of the image to be hidden.
     pub(super) to_cover: Vec<String>,
+    /// Sees this machine's processes and may mount, for [`Docker::run_on_host`].
+    pub(super) steps_out: bool,
 }
 
 impl Docker {
@@ -61,6 +63,7 @@ impl Docker {
                     bind(&passwd.0, "/etc/passwd", ":ro")?,
                 ],
                 to_cover: layout.to_cover,
+                ..Once::default()
             })
             .await?;
         if code == 0 {
@@ -87,7 +90,11 @@ impl Docker {
                 binds: Some(once.binds),
                 tmpfs: Some(covers(once.to_cover)),
                 network_mode: Some("none".into()),
-                ..self.host_config()
+                ..if once.steps_out {
+                    super::host::rights()
+                } else {
+                    self.host_config()
+                }
             }),
             ..ContainerCreateBody::default()
         };

@@ -143,7 +143,8 @@ pub fn too_little_room(folder: &Path) -> Result<Option<u64>, StorageError> {
 /// Looks a pool over that is there.
 pub fn examine(pool: &Pool) -> Result<Examined, StorageError> {
     let mount = Mount::of(&pool.path);
-    let space = pool::space_of(&pool.path)?;
+    let space = pool::space_of(&pool.path)
+        .map_err(StorageError::io("read the free room of", &pool.path))?;
     let mut findings = Vec::new();
     if mount.as_ref().is_some_and(|m| m.has("ro")) {
         findings.push(Finding::ReadOnly);

@@ -84,7 +84,11 @@ impl State {
             }
         }
         if !models.is_empty() {
-            ioctl::commit(folder.as_fd())?;
+            match ioctl::commit(folder.as_fd()) {
+                // Then nothing is kept back any more either.
+                Ok(()) | Err(Errno::EROFS) => {}
+                Err(e) => return Err(e),
+            }
             let mut reader = Reader {
                 searcher: &mut searcher,
                 chunks: &mut self.chunks,

@@ -74,7 +74,8 @@ impl Survey {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 impl Survey {
     fn with(ways: look::Ways) -> Self {
         let survey = Self::default();
@@ -83,7 +84,8 @@ impl Survey {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 #[path = "live_tests.rs"]
 mod live_tests;
 

@@ -86,7 +86,10 @@ impl Engine {
             });
             match found.unwrap_or(Ok(false)) {
                 Ok(true) => Ok(()),
-                Ok(false) => Err(not_there(&path, kind)),
+                Ok(false) => {
+                    storage::image::must_be_in_use(&path)?;
+                    Err(not_there(&path, kind))
+                }
                 Err(e) => Err(EngineError::io("look into the pool", &path, &e)),
             }
         });
@@ -152,11 +155,9 @@ impl Engine {
 
     /// The pool for new projects.
     pub(super) fn pool(&self) -> PathBuf {
-        self.0
-            .machine
+        self.machine()
             .pool
             .value
-            .clone()
             .unwrap_or_else(|| self.0.paths.default_pool().to_owned())
     }
 }
