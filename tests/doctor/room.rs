@@ -67,3 +67,25 @@ fn a_file_system_that_runs_out_of_files_is_found() {
     };
     finds(&env, "inodes", "warning", &["files"]);
 }
+
+#[test]
+fn records_without_room_are_found() {
+    let Some(env) = env_on(Fs::Btrfs, 512) else {
+        return;
+    };
+    finds_nothing(&env, "state-room");
+    let _ = env.dbranch(&["shutdown"]).ok();
+    let home = env.path("home").display().to_string();
+    let options = "size=40m,mode=711";
+    let _ = env
+        .run(
+            "mount",
+            &["-t", "tmpfs", "-o", options, "dbranch-test", &home],
+        )
+        .ok();
+    finds(&env, "state-room", "problem", &["records"]);
+    let _ = env.dbranch(&["shutdown"]).ok();
+    wait_until(LIMIT, "it is unmounted", || {
+        env.run("umount", &[&home]).code == Some(0)
+    });
+}

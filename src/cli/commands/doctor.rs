@@ -11,11 +11,13 @@ use crate::git::Location;
 const EXAMPLES: &str = "\
 Examples:
   dbranch doctor
+  dbranch doctor --json | jq -r '.[] | select(.what == \"read-only\") | .fix'
   dbranch doctor --json | jq '.[] | select(.level != \"ok\")'";
 
 /// Look for what keeps dbranch from working, and tell what mends it
 ///
-/// Ends with 1 when there is a problem.
+/// Looks at the machine, at every pool that holds branches, and at the project you stand in. Below each
+/// finding stands the command that mends it. Ends with 1 when there is a problem.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {}

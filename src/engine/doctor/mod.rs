@@ -77,6 +77,7 @@ impl Engine {
                 ..Check::ok("docker", format!("not used: {e}"))
             },
         });
+        checks.extend(self.check_state_room());
         checks.extend(self.check_pools().await?);
         checks.extend(self.check_strangers().await?);
         let Some(location) = location else {
@@ -144,6 +145,21 @@ impl Engine {
             ));
         }
         Ok(checks)
+    }
+
+    /// Where the registry lies, which no branch does without.
+    fn check_state_room(&self) -> Option<Check> {
+        let dir = self.0.paths.state_dir();
+        let free = crate::storage::health::too_little_room(dir).ok()??;
+        Some(Check::problem(
+            "state-room",
+            format!(
+                "{} are free where dbranch keeps its records, in {}",
+                super::create::human_bytes(free),
+                dir.display()
+            ),
+            format!("df -h {}", shell_word(dir)),
+        ))
     }
 
     /// Volumes that no record knows, in every pool of this user.

@@ -153,7 +153,7 @@ impl Engine {
         };
         if let (Choice::Driver(kind), true) = (choice, pool.drivers.is_empty()) {
             return match self.open_pool(choice, path).await {
-                Ok(driver) => advised(path, driver.advice()),
+                Ok(driver) => advised(pool, driver.advice()),
                 Err(e) => Some(Check::problem(
                     "driver",
                     format!(
@@ -182,9 +182,13 @@ impl Engine {
                     path.display(),
                     best.kind()
                 ),
-                "dbranch storage move --help",
+                format!(
+                    "dbranch storage move --to {} --driver {}",
+                    shell_word(path),
+                    best.kind()
+                ),
             )),
-            None => advised(path, best.advice()),
+            None => advised(pool, best.advice()),
         }
     }
 
@@ -343,7 +347,7 @@ impl Engine {
                 if idle_data_bytes > free_bytes {
                     root(format!("btrfs balance start -dusage=50 {at}"))
                 } else {
-                    make_room.into()
+                    make_room
                 },
             ),
             Finding::ImageOutgrows {
@@ -481,12 +485,26 @@ fn no_cow(pool_path: &Path, paths: &[PathBuf], pool: &PoolInUse) -> Check {
     )
 }
 
-fn advised(path: &Path, advice: Option<String>) -> Option<Check> {
-    advice.map(|advice| {
-        let check = Check::warning("full-copies", advice, "dbranch storage setup");
-        tracing::debug!(pool = %path.display(), "a better pool is possible");
-        check
-    })
+fn advised(pool: &PoolInUse, advice: Option<String>) -> Option<Check> {
+    let fix = if pool.branches.is_empty() {
+        "dbranch storage setup"
+    } else {
+        "dbranch storage setup, then dbranch storage move"
+    };
+    advice.map(|advice| Check::warning("full-copies", advice, fix))
+}
+
+/// What gives a pool room: less in it, or a larger file around it.
+fn make_room(path: &Path, examined: &Examined) -> String {
+    let less = "dbranch usage, then dbranch delete --now what is not needed";
+    if examined.image.is_none() {
+        return less.into();
+    }
+    let gib = (examined.space.total_bytes >> 30).max(1) * 2;
+    format!(
+        "{less}; or dbranch storage grow --size {gib}G --path {}",
+        shell_word(path)
+    )
 }
 
 fn of_error(code: &'static str, e: EngineError) -> Check {

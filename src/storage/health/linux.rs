@@ -15,10 +15,11 @@ const IN_MEMORY: [&str; 2] = ["tmpfs", "ramfs"];
 /// A quota group with less than this left, or a twentieth, is nearly used up.
 const QUOTA_LEFT_BYTES: u64 = 64 << 20;
 
-pub(super) fn examine(pool: &Pool, mount: &Mount, findings: &mut Vec<Finding>) {
+/// Returns the image that the file system lies in, if it does.
+pub(super) fn examine(pool: &Pool, mount: &Mount, findings: &mut Vec<Finding>) -> Option<PathBuf> {
     if IN_MEMORY.contains(&mount.file_system.as_str()) {
         findings.push(Finding::Volatile);
-        return;
+        return None;
     }
     let device = mount.device();
     let image = device.as_deref().and_then(image_behind);
@@ -48,6 +49,7 @@ pub(super) fn examine(pool: &Pool, mount: &Mount, findings: &mut Vec<Finding>) {
         let options = fstab_options(mount, options);
         findings.extend(after_boot(&Boot::here(), mount, &source, &options));
     }
+    Some(image?.file)
 }
 
 /// The options that are ours to keep: the others are the kernel's own defaults.

@@ -47,6 +47,8 @@ pub struct Examined {
     /// `btrfs`, `ext4`, `XFS`, ...
     pub file_system: String,
     pub mount: Option<Mount>,
+    /// The file that the file system lies in, where it does.
+    pub image: Option<PathBuf>,
     pub space: Space,
     pub findings: Vec<Finding>,
 }
@@ -132,6 +134,12 @@ pub enum Finding {
     },
 }
 
+/// Bytes free in the file system of a folder that must be written to, if they are too few.
+pub fn too_little_room(folder: &Path) -> Result<Option<u64>, StorageError> {
+    let free_bytes = pool::space_of(folder)?.free_bytes;
+    Ok((free_bytes < FULL_BYTES).then_some(free_bytes))
+}
+
 /// Looks a pool over that is there.
 pub fn examine(pool: &Pool) -> Result<Examined, StorageError> {
     let mount = Mount::of(&pool.path);
@@ -150,10 +158,12 @@ pub fn examine(pool: &Pool) -> Result<Examined, StorageError> {
     if let Some(free) = free_inodes(&pool.path).filter(|free| *free < FEW_INODES) {
         findings.push(Finding::FewInodes { free });
     }
+    #[cfg(not(target_os = "linux"))]
+    let image = None;
     #[cfg(target_os = "linux")]
-    if let Some(mount) = &mount {
-        linux::examine(pool, mount, &mut findings);
-    }
+    let image = mount
+        .as_ref()
+        .and_then(|mount| linux::examine(pool, mount, &mut findings));
     // Last, as what was found so far may be the reason.
     if findings.iter().all(Finding::lets_write)
         && let Err(e) = try_to_write(&pool.path)
@@ -170,6 +180,7 @@ pub fn examine(pool: &Pool) -> Result<Examined, StorageError> {
     Ok(Examined {
         file_system: pool::file_system_name(&pool.path),
         mount,
+        image,
         space,
         findings,
     })
