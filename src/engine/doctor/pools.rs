@@ -347,7 +347,7 @@ impl Engine {
                 if idle_data_bytes > free_bytes {
                     root(format!("btrfs balance start -dusage=50 {at}"))
                 } else {
-                    make_room
+                    make_room.to_owned()
                 },
             ),
             Finding::ImageOutgrows {
