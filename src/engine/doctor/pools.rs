@@ -494,19 +494,6 @@ fn advised(pool: &PoolInUse, advice: Option<String>) -> Option<Check> {
     advice.map(|advice| Check::warning("full-copies", advice, fix))
 }
 
-/// What gives a pool room: less in it, or a larger file around it.
-fn make_room(path: &Path, examined: &Examined) -> String {
-    let less = "dbranch usage, then dbranch delete --now what is not needed";
-    if examined.image.is_none() {
-        return less.into();
-    }
-    let gib = (examined.space.total_bytes >> 30).max(1) * 2;
-    format!(
-        "{less}; or dbranch storage grow --size {gib}G --path {}",
-        shell_word(path)
-    )
-}
-
 fn of_error(code: &'static str, e: EngineError) -> Check {
     let fix = e.hint.unwrap_or_else(|| "dbranch logs --daemon".into());
     Check::problem(code, e.message, fix)
