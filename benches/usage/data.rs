@@ -47,15 +47,14 @@ impl Data {
         self.dir.join(format!("base/16384/16385.{number}"))
     }
 
-    fn segments(&self) -> Result<Vec<(PathBuf, u64)>> {
-        let mut segments = Vec::new();
-        for number in 0.. {
-            match fs::metadata(self.segment(number)) {
-                Ok(meta) => segments.push((self.segment(number), meta.len())),
-                Err(_) => break,
-            }
-        }
-        Ok(segments)
+    /// The large files, with their lengths.
+    fn segments(&self) -> Vec<(PathBuf, u64)> {
+        let path_and_length = |number| {
+            let path = self.segment(number);
+            let length = fs::metadata(&path).ok()?.len();
+            Some((path, length))
+        };
+        (0..).map_while(path_and_length).collect()
     }
 
     pub(crate) fn fill(&mut self, size: u64) -> Result<()> {
@@ -93,7 +92,7 @@ impl Data {
 
     /// Writes pages here and there.
     pub(crate) fn write_pages(&mut self, pages: u64) -> Result<()> {
-        let segments = self.segments()?;
+        let segments = self.segments();
         let noise = self.noise(PAGE);
         for _ in 0..pages {
             let (path, len) = &segments[usize::try_from(self.below(segments.len() as u64))?];
@@ -116,7 +115,6 @@ impl Data {
     }
 
     pub(crate) fn files(&self) -> u64 {
-        let segments = self.segments().map_or(0, |segments| segments.len() as u64);
-        SMALL_FILES + segments
+        SMALL_FILES + self.segments().len() as u64
     }
 }

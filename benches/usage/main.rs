@@ -138,31 +138,51 @@ fn open(pool: &Path) -> Result<Arc<dyn StorageDriver>> {
     Ok(storage::open(Choice::Auto, pool, owner)?)
 }
 
-fn measure(name: &str, pool: &Pool, settings: &Settings) -> Result<()> {
+/// A source and its clones, and what is written into them.
+struct Family {
+    ids: Vec<VolumeId>,
+    root: Data,
+    branches: Vec<Data>,
+}
+
+fn build(name: &str, pool: &Pool, settings: &Settings) -> Result<Family> {
     eprintln!("{name}: making {} MB", settings.size / 1_000_000);
-    let root = VolumeId::random();
-    let mut root_data = Data::new(&pool.driver.create_volume(&root)?, 1);
-    root_data.fill(settings.size)?;
+    let root_id = VolumeId::random();
+    let mut root = Data::new(&pool.driver.create_volume(&root_id)?, 1);
+    root.fill(settings.size)?;
     pool.settle()?;
     eprintln!("{name}: aging");
     for _ in 0..16 {
-        root_data.write_pages(settings.size / (8192 * 64 * 16))?;
+        root.write_pages(settings.size / (8192 * 64 * 16))?;
         pool.settle()?;
     }
     eprintln!("{name}: cloning");
-    let mut ids = vec![root.clone()];
+    let mut ids = vec![root_id.clone()];
     let mut branches = Vec::new();
     for n in 0..settings.branches {
         let id = VolumeId::random();
         pool.driver
-            .clone_volume(&root, &id, storage::Omit::NOTHING, &|_, _| {})?;
+            .clone_volume(&root_id, &id, storage::Omit::NOTHING, &|_, _| {})?;
         let mut branch = Data::new(&pool.driver.volume_path(&id), n as u64 + 2);
         branch.work()?;
-        root_data.write_pages(100)?;
+        root.write_pages(100)?;
         ids.push(id);
         branches.push(branch);
     }
     pool.settle()?;
+    Ok(Family {
+        ids,
+        root,
+        branches,
+    })
+}
+
+fn measure(name: &str, pool: &Pool, settings: &Settings) -> Result<()> {
+    let Family {
+        ids,
+        root,
+        mut branches,
+    } = build(name, pool, settings)?;
     let look = |driver: &Arc<dyn StorageDriver>, times: &mut Times| -> Result<Usages> {
         let start = Instant::now();
         let usages = driver.usage_of_all(&ids)?;
@@ -203,7 +223,7 @@ fn measure(name: &str, pool: &Pool, settings: &Settings) -> Result<()> {
     println!(
         "\n## {name} (driver {}; {} files a branch, {:.1} GB in all, {:.1} GB on disk)\n",
         driver.kind(),
-        root_data.files(),
+        root.files(),
         gigabytes(usages.volumes.iter().map(|v| v.logical_bytes).sum()),
         gigabytes(sum)
     );

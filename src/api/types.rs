@@ -78,6 +78,17 @@ pub enum Request {
     },
     /// Forgets a project and moves its branches to the trash, or destroys them. Answer: [`ProjectDeleted`].
     DeleteProject { at: At, now: bool },
+    /// Moves all branches of a project to another pool or driver. Answer: [`StorageMoved`].
+    StorageMove {
+        at: At,
+        /// Default: the machine's settings.
+        pool: Option<PathBuf>,
+        /// `auto`, or a driver's name. Default: the machine's settings.
+        driver: Option<String>,
+        dry_run: bool,
+    },
+    /// Drops the record of a branch whose pool is lost. Answer: [`Forgotten`].
+    Forget { at: At, name: BranchName },
     /// Stops instances; none named: the active branch's. Answer: array of [`BranchInfo`].
     Stop {
         at: At,
@@ -152,6 +163,8 @@ impl Request {
             | Self::Create { .. }
             | Self::Delete { .. }
             | Self::Undelete { .. }
+            | Self::StorageMove { .. }
+            | Self::Forget { .. }
             | Self::DeleteProject { .. }
             | Self::PoolRun { .. } => false,
         }
@@ -467,6 +480,54 @@ pub struct ProjectDeleted {
     pub name: String,
     pub branches: Vec<BranchName>,
     pub destroyed: bool,
+}
+
+/// What `storage move` did, or with `dry_run` would do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StorageMoved {
+    pub pool: PathBuf,
+    /// The storage driver's name.
+    pub driver: String,
+    /// In order. Those that are there already are not among them.
+    pub branches: Vec<MovedBranch>,
+    /// Those that can't be reached, and why.
+    pub left: Vec<LeftBranch>,
+    /// Room that the move is likely to take, and what was free before it.
+    pub needed_bytes: u64,
+    pub free_bytes: u64,
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MovedBranch {
+    pub id: BranchId,
+    pub name: BranchName,
+    /// In the trash.
+    pub trashed: bool,
+    pub from_pool: PathBuf,
+    pub from_driver: String,
+    /// All files of the branch, shared or not.
+    pub logical_bytes: u64,
+    /// What had to be written, or is likely to.
+    pub written_bytes: u64,
+    /// The branch whose blocks it shares in its new place.
+    pub shares_with: Option<BranchName>,
+    /// How long its server stood still; none if it didn't run.
+    pub stood_still_ms: Option<f64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftBranch {
+    pub name: BranchName,
+    pub why: String,
+}
+
+/// A branch whose record was dropped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forgotten {
+    pub name: BranchName,
+    /// Where its data was.
+    pub volume: PathBuf,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

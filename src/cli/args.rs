@@ -74,6 +74,7 @@ pub(super) enum Command {
     Logs(commands::logs::Args),
     Delete(commands::delete::Args),
     Undelete(commands::undelete::Args),
+    Forget(commands::forget::Args),
     DeleteProject(commands::delete_project::Args),
     Stop(commands::stop::Args),
     Resume(commands::resume::Args),

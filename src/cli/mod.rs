@@ -151,6 +151,7 @@ fn dispatch(cx: &Context, cli: Cli) -> Result<ExitStatus, Report> {
         Command::Logs(args) => c::logs::run(cx, args),
         Command::Delete(args) => c::delete::run(cx, &args),
         Command::Undelete(args) => c::undelete::run(cx, args),
+        Command::Forget(args) => c::forget::run(cx, &args),
         Command::DeleteProject(args) => c::delete_project::run(cx, &args),
         Command::Stop(args) => c::stop::run(cx, args),
         Command::Resume(args) => c::resume::run(cx, args),

@@ -3,8 +3,9 @@
 use std::time::SystemTime;
 
 use crate::api::types::{
-    Backend, BranchDetails, BranchInfo, BranchState, BranchUsage, Created, Deleted, Finding, Level,
-    PoolUsage, SharedWith, SharerKind, Switched, TrashUsage, UrlInfo, UsageInfo, UsageTotal,
+    Backend, BranchDetails, BranchInfo, BranchState, BranchUsage, Created, Deleted, Finding,
+    Forgotten, LeftBranch, Level, MovedBranch, PoolUsage, SharedWith, SharerKind, StorageMoved,
+    Switched, TrashUsage, UrlInfo, UsageInfo, UsageTotal,
 };
 use crate::engine::{
     self, BranchView, Credentials, DeletedBranch, Engine, EngineError, InstanceState, Sharer,
@@ -106,6 +107,46 @@ pub(super) fn deleted(deleted: DeletedBranch) -> Deleted {
         name: deleted.name,
         destroyed: deleted.destroyed,
         expires_at: deleted.expires_at.map(timestamp),
+    }
+}
+
+pub(super) fn moved(moved: engine::Moved) -> StorageMoved {
+    StorageMoved {
+        pool: moved.pool,
+        driver: moved.driver,
+        branches: moved
+            .branches
+            .into_iter()
+            .map(|branch| MovedBranch {
+                id: branch.record.id,
+                name: branch.record.name,
+                trashed: branch.record.trashed_at.is_some(),
+                from_pool: branch.from.pool,
+                from_driver: branch.from.driver,
+                logical_bytes: branch.bytes,
+                written_bytes: branch.written_bytes,
+                shares_with: branch.base,
+                stood_still_ms: branch.stood_still.map(|d| d.as_secs_f64() * 1000.0),
+            })
+            .collect(),
+        left: moved
+            .left
+            .into_iter()
+            .map(|(branch, why)| LeftBranch {
+                name: branch.name,
+                why,
+            })
+            .collect(),
+        needed_bytes: moved.needed_bytes,
+        free_bytes: moved.free_bytes,
+        dry_run: moved.dry_run,
+    }
+}
+
+pub(super) fn forgotten(branch: BranchRecord) -> Forgotten {
+    Forgotten {
+        volume: branch.pool.join(branch.volume.as_str()),
+        name: branch.name,
     }
 }
 

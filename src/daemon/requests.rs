@@ -15,7 +15,8 @@ use crate::api::types::{
 };
 use crate::config::Paths;
 use crate::engine::{
-    Engine, EngineError, InitRequest, InstanceState, Kind, Report, Reporter, Target, Urge,
+    Engine, EngineError, InitRequest, InstanceState, Kind, MoveRequest, Report, Reporter, Target,
+    Urge,
 };
 use crate::git::Location;
 use crate::types::BranchName;
@@ -194,6 +195,24 @@ impl Requests {
                     branches,
                     destroyed: now,
                 })
+            }
+            Request::StorageMove {
+                at,
+                pool,
+                driver,
+                dry_run,
+            } => {
+                let request = MoveRequest {
+                    pool,
+                    driver,
+                    dry_run,
+                };
+                let moved = engine.move_storage(&place(at), request, to).await?;
+                json(answers::moved(moved))
+            }
+            Request::Forget { at, name } => {
+                let forgotten = engine.forget(&place(at), &name).await?;
+                json(answers::forgotten(forgotten))
             }
             Request::Stop { at, name, all } => self.stop_branches(&place(at), name, all).await,
             Request::Resume { at, name } => {

@@ -114,8 +114,8 @@ impl Engine {
             }
         };
         crash_point("create:intent");
-        let cloned = match self.clone_data(parent, &branch, to).await {
-            Ok(method) => method,
+        let (cloned, branch) = match self.clone_data(parent, &branch, to).await {
+            Ok(cloned) => cloned,
             Err(e) => {
                 self.undo(&slot, &mut live, &branch).await;
                 return Err(e.while_cloning(&parent.name));
@@ -163,13 +163,14 @@ impl Engine {
         e.into()
     }
 
-    /// Clones the parent's data while the parent's slot keeps everyone else from stopping or starting it.
+    /// Clones the parent's data while the parent's slot keeps everyone else from stopping, starting
+    /// or moving it. The child's record comes back, as it lies where the parent lies by then.
     async fn clone_data(
         &self,
         parent: &BranchRecord,
         child: &BranchRecord,
         to: &Reporter,
-    ) -> Result<CloneMethod> {
+    ) -> Result<(CloneMethod, BranchRecord)> {
         let slot = self.slot(&parent.id);
         let live = slot.turn().await;
         let parent = self
@@ -179,6 +180,12 @@ impl Engine {
             .filter(|p| p.stage == Stage::Ready)
             .ok_or_else(|| EngineError::refused(format!("branch `{}` is gone", parent.name)))?;
         let driver = self.driver(&parent).await?;
+        let child = &BranchRecord {
+            driver: parent.driver.clone(),
+            pool: parent.pool.clone(),
+            ..child.clone()
+        };
+        self.0.registry.set_place(&child.id, &child.place())?;
         let (from, into) = (parent.volume.clone(), child.volume.clone());
         let what = format!("copying {}", parent.name);
         let reporter = to.clone();
@@ -217,7 +224,7 @@ impl Engine {
             }
             (false, _) => clone(Omit::NOTHING).await?,
         };
-        Ok(method)
+        Ok((method, child.clone()))
     }
 
     /// Refuses what won't fit before the parent is asked to begin a backup, which would itself fill

@@ -134,6 +134,9 @@ impl Engine {
         live: &mut Live,
         branch: &BranchRecord,
     ) -> Result<DeletedBranch> {
+        // It may have been moved since.
+        let current = self.0.registry.branch(&branch.id)?;
+        let branch = current.as_ref().unwrap_or(branch);
         // What can't be reached or destroyed now is refused before anything changes.
         let (driver, volume) = (self.driver(branch).await?, branch.volume.clone());
         blocking(move || Ok(driver.check_destroy(&volume)?)).await?;
@@ -161,13 +164,15 @@ impl Engine {
     }
 
     /// Takes a branch off every endpoint.
-    fn withdraw(&self, branch: &BranchRecord) {
+    pub(super) fn withdraw(&self, branch: &BranchRecord) {
         self.hide(&branch.id);
         self.0.ports.close(&EndpointKey::Pinned(branch.id.clone()));
     }
 
     /// Removes what a branch left on disk, then its record. Its instance must not run.
     pub(super) async fn erase(&self, branch: &BranchRecord) -> Result<()> {
+        let current = self.0.registry.branch(&branch.id)?;
+        let branch = current.as_ref().unwrap_or(branch);
         let driver = self.driver(branch).await?;
         self.destroy_spares(&branch.id, &driver).await?;
         // Not the one that the caller saw: a fresh branch may have been given another since.
@@ -175,6 +180,11 @@ impl Engine {
         let volume = current.map_or_else(|| branch.volume.clone(), |b| b.volume);
         blocking(move || Ok(driver.destroy(&volume)?)).await?;
         crash_point("delete:destroyed");
+        self.drop_record(branch)
+    }
+
+    /// Removes a branch's record, and what lies of it outside its volume.
+    pub(super) fn drop_record(&self, branch: &BranchRecord) -> Result<()> {
         let socket_dir = self.0.paths.instance_socket_dir(&branch.id);
         if let Err(e) = std::fs::remove_dir_all(&socket_dir)
             && e.kind() != std::io::ErrorKind::NotFound
@@ -192,7 +202,11 @@ impl Engine {
     }
 
     /// The branch of that name (or id) that came into the trash last.
-    fn trashed(&self, project: &ProjectRecord, name: &BranchName) -> Result<Option<BranchRecord>> {
+    pub(super) fn trashed(
+        &self,
+        project: &ProjectRecord,
+        name: &BranchName,
+    ) -> Result<Option<BranchRecord>> {
         let mut branches = self.0.registry.branches(&project.id)?;
         branches.retain(|b| {
             b.trashed_at.is_some()

@@ -157,6 +157,7 @@ impl From<RegistryError> for EngineError {
             RegistryError::Sqlite(_) if e.is_out_of_room() => {
                 Some("free some room where dbranch keeps its state; `dbranch doctor` names the folder".into())
             }
+            RegistryError::Elsewhere => Some("dbranch list".into()),
             RegistryError::Sqlite(_) | RegistryError::Open { .. } => None,
         };
         Self {

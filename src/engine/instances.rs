@@ -100,6 +100,10 @@ impl Slot {
         self.state.borrow().clone()
     }
 
+    pub(super) fn is_running(&self) -> bool {
+        self.address().is_some()
+    }
+
     pub(super) fn sessions(&self) -> usize {
         self.sessions.load(Ordering::Relaxed)
     }

@@ -19,6 +19,7 @@ mod delete;
 mod doctor;
 mod error;
 mod follow;
+mod forget;
 mod instances;
 mod parent;
 mod pools;
@@ -26,6 +27,7 @@ mod project;
 mod reach;
 mod recover;
 mod recut;
+mod relocate;
 mod root;
 mod trouble;
 mod usage;
@@ -52,6 +54,7 @@ pub use pools::{Adopted, BranchesInPool, PoolChange, PoolFile, PoolJob, PoolPlan
 pub use project::Registered;
 use reach::POOL_MARK;
 pub use recover::Reconciled;
+pub use relocate::{MoveRequest, Moved, MovedBranch};
 pub use root::InitRequest;
 pub use usage::{PoolView, Sharer, UsageReport, UsageTotal, UsageView};
 pub use view::{BranchView, Credentials};
@@ -162,6 +165,8 @@ struct Inner {
     moving: Mutex<()>,
     /// Admits one look at what volumes take at a time.
     measuring: tokio::sync::Mutex<()>,
+    /// Admits one move of volumes to another pool at a time.
+    relocating: Arc<tokio::sync::Mutex<()>>,
     /// Set when the daemon is about to end: nothing is started any more.
     closing: AtomicBool,
     tasks: TaskTracker,
@@ -189,6 +194,7 @@ impl Engine {
             registering: tokio::sync::Mutex::default(),
             moving: Mutex::default(),
             measuring: tokio::sync::Mutex::default(),
+            relocating: Arc::default(),
             closing: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })))

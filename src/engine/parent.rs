@@ -15,16 +15,19 @@ impl Engine {
         location: &Location,
         name: &BranchName,
     ) -> Result<Option<BranchRecord>> {
-        let branches = self.live_branches(project)?;
-        let named = |name: &BranchName| branches.iter().find(|b| b.name == *name).cloned();
-        if branches.len() <= 1 {
-            return Ok(branches.into_iter().next());
-        }
-        if let Some(Origin::Branch(origin)) = quietly(git::origin(location, name))
-            && let Some(found) = named(&origin)
+        // Git waits for this: with a thousand branches, the one that git names is asked for alone.
+        if self.0.registry.live_count(&project.id)? > 1
+            && let Some(Origin::Branch(origin)) = quietly(git::origin(location, name))
+            && let Some(found) = self.0.registry.branch_named(&project.id, &origin)?
+            && found.stage == Stage::Ready
         {
             return Ok(Some(found));
         }
+        let branches = self.live_branches(project)?;
+        if branches.len() <= 1 {
+            return Ok(branches.into_iter().next());
+        }
+        let named = |name: &BranchName| branches.iter().find(|b| b.name == *name).cloned();
         let candidates: Vec<_> = branches.iter().map(|b| b.name.clone()).collect();
         if let Some(found) =
             quietly(git::nearest(location, name, &candidates)).and_then(|n| named(&n))

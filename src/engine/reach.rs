@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Engine, EngineError, Result, blocking, doctor, lock};
-use crate::registry::BranchRecord;
+use crate::registry::{BranchRecord, Place};
 use crate::storage::{self, Boot, DriverKind, StorageDriver};
 use crate::types::VolumeId;
 
@@ -32,23 +32,35 @@ impl Engine {
         &self,
         branch: &BranchRecord,
     ) -> Result<Arc<dyn StorageDriver>> {
-        let kind = branch
+        self.branch_is_there(branch).await?;
+        self.driver_at(&branch.place()).await
+    }
+
+    /// The driver of a volume, whoever's it is.
+    pub(super) async fn driver_at(&self, place: &Place) -> Result<Arc<dyn StorageDriver>> {
+        let kind = place
             .driver
             .parse()
             .map_err(|e: crate::types::Invalid| EngineError::bug(e.to_string()))?;
-        self.branch_is_there(branch).await?;
-        if let Some(driver) = self.opened(kind, &branch.pool) {
+        self.is_there(place).await?;
+        if let Some(driver) = self.opened(kind, &place.pool) {
             return Ok(driver);
         }
-        let (path, owner) = (branch.pool.clone(), self.0.owner);
+        let (path, owner) = (place.pool.clone(), self.0.owner);
         let driver = blocking(move || Ok(storage::reopen(kind, &path, owner)?)).await?;
-        Ok(self.keep(&branch.pool, driver))
+        Ok(self.keep(&place.pool, driver))
     }
 
     /// Refuses a branch whose pool is not there.
     pub(super) async fn branch_is_there(&self, branch: &BranchRecord) -> Result<()> {
-        let volumes = std::slice::from_ref(&branch.volume);
-        self.pool_is_there(&branch.pool, volumes, branch.driver.parse().ok())
+        self.is_there(&branch.place())
+            .await
+            .map_err(|e| or_forget(branch, e))
+    }
+
+    async fn is_there(&self, place: &Place) -> Result<()> {
+        let volumes = std::slice::from_ref(&place.volume);
+        self.pool_is_there(&place.pool, volumes, place.driver.parse().ok())
             .await
     }
 
@@ -159,6 +171,17 @@ impl Engine {
             .pool
             .value
             .unwrap_or_else(|| self.0.paths.default_pool().to_owned())
+    }
+}
+
+/// Tells what to do if what is not there now never will be again.
+fn or_forget(branch: &BranchRecord, e: EngineError) -> EngineError {
+    EngineError {
+        message: format!(
+            "{}; if its disk is lost for good, `dbranch forget {}` lets go of it",
+            e.message, branch.name
+        ),
+        ..e
     }
 }
 

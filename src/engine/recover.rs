@@ -41,6 +41,11 @@ impl Engine {
                 .map(|project| engine.recover_project(project));
             join_all(recovered).await.into_iter().collect()
         });
+        // Nobody waits for it, and removing a large volume takes its time.
+        let engine = self.clone();
+        self.0
+            .tasks
+            .spawn(async move { engine.finish_moves().await });
         let Ok(done) = tokio::time::timeout(RECOVER_LIMIT, work).await else {
             warn!("recovery goes on in the background: a disk is slow, or does not answer");
             return Ok(());
@@ -252,6 +257,9 @@ impl Engine {
             found.actions.extend(say(&followed));
             found.notes.extend(followed.notes);
         }
+        if !dry_run {
+            found.actions.extend(self.finish_moves().await);
+        }
         let live = self.live_branches(&project)?;
         for branch in &live {
             if !git::branch_exists(&location.common_dir, &branch.name)?
@@ -340,6 +348,8 @@ impl Engine {
         }
         let spares = self.0.registry.spare_volumes()?;
         known.extend(spares.into_iter().map(|(volume, _)| volume));
+        let moves = self.0.registry.moves()?;
+        known.extend(moves.into_iter().map(|m| m.remove.volume));
         found.retain(|(_, volume)| !known.contains(volume));
         Ok(found
             .into_iter()

@@ -155,7 +155,8 @@ impl Engine {
         let parent = self.0.registry.branch(&origin.parent)?;
         Ok(child
             .filter(|b| usable(b) && !b.started_once && !self.is_closing())
-            .zip(parent.filter(|b| usable(b) && b.volume == origin.volume)))
+            .zip(parent.filter(|b| usable(b) && b.volume == origin.volume))
+            .filter(|(child, parent)| child.pool == parent.pool))
     }
 
     /// Destroys what an interrupted daemon left of cutting a branch again.

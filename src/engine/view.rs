@@ -86,7 +86,7 @@ impl Engine {
     }
 
     pub fn branch_count(&self, project: &ProjectRecord) -> Result<usize> {
-        Ok(self.live_branches(project)?.len())
+        Ok(self.0.registry.live_count(&project.id)?)
     }
 
     /// A project's branches, or those in its trash, oldest first.
@@ -159,7 +159,7 @@ impl Engine {
             let branch = self.must_find(&project, name).await?;
             return Ok((self.credentials(&project, branch.port)?, Some(branch)));
         }
-        if self.live_branches(&project)?.is_empty() {
+        if self.branch_count(&project)? == 0 {
             return Err(EngineError::no_root());
         }
         let port = self.port_at(&project, location).await?;

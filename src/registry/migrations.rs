@@ -55,6 +55,15 @@ const STEPS: &[&str] = &[
         branch TEXT NOT NULL REFERENCES branches(id)
     ) STRICT;
     ",
+    // Not bound to `branches`: what is to be removed stays to be removed, whatever becomes of the branch.
+    "
+    CREATE TABLE moves (
+        volume TEXT PRIMARY KEY,
+        driver TEXT NOT NULL,
+        pool   TEXT NOT NULL,
+        branch TEXT NOT NULL
+    ) STRICT;
+    ",
 ];
 
 /// Brings the schema to this program's version, each step in a transaction.
@@ -79,4 +88,52 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<(), RegistryError> 
         transaction.commit()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A registry as a program that knew the first `steps` steps left it.
+    fn written_at(steps: usize) -> Connection {
+        let connection = Connection::open_in_memory().unwrap();
+        for step in &STEPS[..steps] {
+            connection.execute_batch(step).unwrap();
+        }
+        connection
+            .pragma_update(None, "user_version", i64::try_from(steps).unwrap())
+            .unwrap();
+        connection
+            .execute_batch(
+                "INSERT INTO projects (id, name, common_dir, config, proxy_port, created_at)
+                    VALUES ('p', 'shop', '/r/.git', '{}', 15432, 1);
+                 INSERT INTO branches (id, project, name, stage, volume, driver, pool, runtime, programs, major, port,
+                    created_at) VALUES ('b', 'p', 'main', 'ready', 'v', 'copy', '/pool', 'native', '/bin', 15, 15500, 1);",
+            )
+            .unwrap();
+        connection
+    }
+
+    #[test]
+    fn a_registry_from_before_moves_keeps_its_branches_and_can_move_them() {
+        let mut connection = written_at(2);
+        migrate(&mut connection).unwrap();
+        let version: i64 = connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(usize::try_from(version).unwrap(), STEPS.len());
+        let volume: String = connection
+            .query_row("SELECT volume FROM branches WHERE id = 'b'", [], |row| {
+                row.get(0)
+            })
+            .unwrap();
+        assert_eq!(volume, "v");
+        connection
+            .execute(
+                "INSERT INTO moves (volume, driver, pool, branch) VALUES ('w', 'btrfs', '/new', 'b')",
+                [],
+            )
+            .unwrap();
+        migrate(&mut connection).unwrap();
+    }
 }

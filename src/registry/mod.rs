@@ -2,13 +2,13 @@
 //!
 //! Holds nothing that can be observed instead: whether an instance runs, what
 //! HEAD is, how large a volume is. A change of several steps is recorded here
-//! before it begins (`creating`, `deleting`), so that the next start of the
+//! before it begins (`creating`, `deleting`, a move), so that the next start of the
 //! daemon can finish it or undo it.
 
 mod migrations;
 mod store;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 pub use store::{Durability, Registry, RegistryError};
@@ -75,6 +75,40 @@ pub struct BranchRecord {
     pub started_once: bool,
     pub created_at: SystemTime,
     pub trashed_at: Option<SystemTime>,
+}
+
+impl BranchRecord {
+    /// Where the branch's data lies.
+    pub fn place(&self) -> Place {
+        Place {
+            volume: self.volume.clone(),
+            driver: self.driver.clone(),
+            pool: self.pool.clone(),
+        }
+    }
+
+    /// Whether the branch's volume is one of that pool and driver.
+    pub fn lies_in(&self, pool: &Path, driver: &str) -> bool {
+        self.pool == pool && self.driver == driver
+    }
+}
+
+/// Where a volume lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    pub volume: VolumeId,
+    /// The storage driver's name.
+    pub driver: String,
+    pub pool: PathBuf,
+}
+
+/// A branch that is being moved. Its own record says where its data is at this moment;
+/// this one names the other volume, which is to be removed: the new one until all of
+/// it is there, from then on the old one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MoveRecord {
+    pub branch: BranchId,
+    pub remove: Place,
 }
 
 /// An endpoint that follows a worktree's HEAD, as recorded.

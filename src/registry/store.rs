@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
 
-use super::{BranchRecord, EndpointRecord, ProjectRecord, ServerRecord, Stage, migrations};
+use super::{
+    BranchRecord, EndpointRecord, MoveRecord, Place, ProjectRecord, ServerRecord, Stage, migrations,
+};
 use crate::types::{BranchId, BranchName, ProjectId, VolumeId};
 
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,8 @@ pub enum RegistryError {
         "no free port from {min} to {max} for another branch: {taken} belong to branches, others to other programs"
     )]
     NoPort { min: u16, max: u16, taken: usize },
+    #[error("the branch was deleted or moved meanwhile")]
+    Elsewhere,
 }
 
 impl RegistryError {
@@ -185,6 +189,20 @@ impl Registry {
                 [project.as_str()],
                 branch,
             )
+        })
+    }
+
+    /// How many branches of a project can be used: neither being made, nor in the trash, nor being
+    /// destroyed.
+    pub fn live_count(&self, project: &ProjectId) -> Result<usize> {
+        self.read(|c| {
+            let count: i64 = c
+                .prepare_cached(
+                    "SELECT count(*) FROM branches
+                     WHERE project = ?1 AND trashed_at IS NULL AND stage = 'ready'",
+                )?
+                .query_row([project.as_str()], |row| row.get(0))?;
+            Ok(usize::try_from(count).unwrap_or_default())
         })
     }
 
@@ -377,6 +395,66 @@ impl Registry {
         })
     }
 
+    // --- moves ---
+
+    /// Records where a branch that is being made will lie, as its parent was moved meanwhile.
+    pub fn set_place(&self, id: &BranchId, place: &Place) -> Result<()> {
+        self.write(Durability::Process, |c| put_place(c, id, place).map(drop))
+    }
+
+    /// Records that a volume is about to be made which a branch shall move to.
+    pub fn begin_move(&self, new: &MoveRecord) -> Result<()> {
+        self.write(Durability::Disk, |c| put_move(c, new))
+    }
+
+    /// Turns a branch from one volume to another, at once and on disk; from then on it is
+    /// `from` that is to be removed. `Elsewhere` if the branch doesn't lie in `from`
+    /// or no move to `to` has begun.
+    pub fn turn_move(&self, id: &BranchId, from: &Place, to: &Place) -> Result<()> {
+        self.write(Durability::Disk, |c| {
+            let lies: Option<String> = one(
+                c,
+                "SELECT volume FROM branches WHERE id = ?1 AND stage = 'ready'",
+                [id.as_str()],
+                |row| row.get(0),
+            )?;
+            if lies.as_deref() != Some(from.volume.as_str()) || !end_move(c, &to.volume)? {
+                return Err(RegistryError::Elsewhere);
+            }
+            put_place(c, id, to)?;
+            put_move(
+                c,
+                &MoveRecord {
+                    branch: id.clone(),
+                    remove: from.clone(),
+                },
+            )
+        })
+    }
+
+    /// Records that a volume was removed.
+    pub fn end_move(&self, removed: &VolumeId) -> Result<()> {
+        self.write(Durability::Disk, |c| end_move(c, removed).map(drop))
+    }
+
+    /// The moves under way or cut short, of all projects.
+    pub fn moves(&self) -> Result<Vec<MoveRecord>> {
+        self.read(|c| all(c, "SELECT * FROM moves ORDER BY volume", [], moving))
+    }
+
+    /// Whether any branch's data lies in that volume.
+    pub fn holds_data(&self, volume: &VolumeId) -> Result<bool> {
+        self.read(|c| {
+            let found = one(
+                c,
+                "SELECT 1 FROM branches WHERE volume = ?1",
+                [volume.as_str()],
+                |_| Ok(()),
+            )?;
+            Ok(found.is_some())
+        })
+    }
+
     // --- endpoints ---
 
     pub fn endpoints(&self, project: &ProjectId) -> Result<Vec<EndpointRecord>> {
@@ -536,6 +614,39 @@ fn take_port(
     Ok(port)
 }
 
+/// Turns a branch to a volume. False where there is no such branch.
+fn put_place(connection: &Connection, id: &BranchId, place: &Place) -> Result<bool> {
+    let changed = connection.execute(
+        "UPDATE branches SET volume = ?2, driver = ?3, pool = ?4 WHERE id = ?1",
+        params![
+            id.as_str(),
+            place.volume.as_str(),
+            place.driver,
+            text(&place.pool)
+        ],
+    )?;
+    Ok(changed > 0)
+}
+
+fn put_move(connection: &Connection, new: &MoveRecord) -> Result<()> {
+    connection.execute(
+        "INSERT INTO moves (volume, driver, pool, branch) VALUES (?1, ?2, ?3, ?4)",
+        params![
+            new.remove.volume.as_str(),
+            new.remove.driver,
+            text(&new.remove.pool),
+            new.branch.as_str()
+        ],
+    )?;
+    Ok(())
+}
+
+/// False where no move names that volume.
+fn end_move(connection: &Connection, removed: &VolumeId) -> Result<bool> {
+    let removed = connection.execute("DELETE FROM moves WHERE volume = ?1", [removed.as_str()])?;
+    Ok(removed > 0)
+}
+
 /// What a violated constraint means where a branch is given a name.
 fn name_taken(e: rusqlite::Error, name: &BranchName) -> RegistryError {
     let by_name = |message: &str| message.contains("branches.name");
@@ -613,6 +724,17 @@ fn branch(row: &Row<'_>) -> rusqlite::Result<BranchRecord> {
         started_once: row.get("started_once")?,
         created_at: time(row.get("created_at")?),
         trashed_at: row.get::<_, Option<i64>>("trashed_at")?.map(time),
+    })
+}
+
+fn moving(row: &Row<'_>) -> rusqlite::Result<MoveRecord> {
+    Ok(MoveRecord {
+        branch: valid(row, "branch", BranchId::new)?,
+        remove: Place {
+            volume: valid(row, "volume", VolumeId::new)?,
+            driver: row.get("driver")?,
+            pool: path(row, "pool")?,
+        },
     })
 }
 

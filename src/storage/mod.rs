@@ -20,6 +20,7 @@ pub mod health;
 pub mod image;
 #[cfg(test)]
 mod many_tests;
+mod mirror;
 mod mounts;
 mod pool;
 mod reflink;
@@ -28,6 +29,7 @@ mod usage;
 mod zfs;
 
 pub use detect::{command_to_mount, open, reopen};
+pub use mirror::{Estimate, Mirror, Round, Source, can_share, estimate};
 pub use mounts::{AfterBoot, Boot, Mount, unit_name};
 pub use pool::file_system_name as file_system_of;
 
@@ -342,6 +344,12 @@ pub enum StorageError {
     Exists { id: VolumeId, pool: PathBuf },
     #[error("volume {id} is not in {}", pool.display())]
     Missing { id: VolumeId, pool: PathBuf },
+    /// A copy is not what it should be.
+    #[error("{} is not as in the volume it was copied from: {what}", path.display())]
+    Unequal { path: PathBuf, what: &'static str },
+    /// Whoever asked said no more.
+    #[error("it was told to stop")]
+    Interrupted,
     #[error("{action} {}: {source}", path.display())]
     Io {
         action: &'static str,
@@ -387,7 +395,10 @@ impl StorageError {
             } else {
                 "dbranch usage, then dbranch delete --now what is not needed".into()
             }),
-            Self::Exists { .. } | Self::Missing { .. } | Self::Io { .. } => None,
+            Self::Unequal { .. } => Some("look for faults of the disk, then try again".into()),
+            Self::Exists { .. } | Self::Missing { .. } | Self::Interrupted | Self::Io { .. } => {
+                None
+            }
         }
     }
 
@@ -480,7 +491,8 @@ pub trait StorageDriver: fmt::Debug + Send + Sync {
     fn list(&self) -> Result<Vec<VolumeId>, StorageError>;
 
     /// Removes what interrupted calls left half made or half destroyed, and says
-    /// how many that were. Only while no other call is under way in this pool.
+    /// how many that were. Removes nothing while any call is under way in this pool, of
+    /// this process or another one's.
     fn sweep(&self) -> Result<usize, StorageError>;
 
     fn usage(&self, id: &VolumeId) -> Result<Usage, StorageError>;

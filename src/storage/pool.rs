@@ -6,6 +6,8 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Uid;
 
@@ -159,6 +161,26 @@ impl Pool {
                     .into(),
             },
         }
+    }
+
+    /// To be held while something in the pool is half made or half destroyed. Other daemons may
+    /// have volumes in the same pool: whoever sweeps waits for nobody, and leaves all as it is
+    /// while this is held. A lock (flock(2)) on the folder itself, given up with the process.
+    pub(super) fn in_use(&self) -> Result<Flock<File>, StorageError> {
+        let mut folder = self.folder()?;
+        loop {
+            match Flock::lock(folder, FlockArg::LockShared) {
+                Ok(held) => return Ok(held),
+                Err((again, Errno::EINTR)) => folder = again,
+                Err((_, e)) => return Err(StorageError::io("lock", &self.path)(e.into())),
+            }
+        }
+    }
+
+    /// To be held while sweeping: nobody else changes the pool meanwhile. None while
+    /// anybody does.
+    pub(super) fn alone(&self) -> Result<Option<Flock<File>>, StorageError> {
+        Ok(Flock::lock(self.folder()?, FlockArg::LockExclusiveNonblock).ok())
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -2,7 +2,7 @@
 
 use crate::support::TestEnv;
 
-const COMMANDS: [&str; 27] = [
+const COMMANDS: [&str; 28] = [
     "init",
     "init-postgres",
     "start",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 27] = [
     "storage",
     "delete",
     "undelete",
+    "forget",
     "delete-project",
     "stop",
     "resume",

@@ -63,6 +63,6 @@ pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
 }
 
 /// What this shell's variable says; a daemon that runs already has not seen it.
-fn of_variable<T>(setting: Setting<T>) -> Option<T> {
+pub(super) fn of_variable<T>(setting: Setting<T>) -> Option<T> {
     matches!(setting.origin, Origin::Variable(_)).then_some(setting.value)
 }

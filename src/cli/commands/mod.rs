@@ -8,6 +8,7 @@ pub(super) mod delete_project;
 pub(super) mod demo;
 pub(super) mod doctor;
 pub(super) mod env;
+pub(super) mod forget;
 pub(super) mod hook;
 pub(super) mod init;
 pub(super) mod init_postgres;

@@ -288,6 +288,14 @@ impl Engine {
             ))
             .hint("move their projects with `dbranch storage move`, or destroy them with `dbranch delete --now NAME`"));
         }
+        let moves = self.0.registry.moves()?;
+        if moves.iter().any(|m| m.remove.pool.starts_with(pool)) {
+            return Err(EngineError::refused(format!(
+                "a move to or from {} is not done yet",
+                pool.display()
+            ))
+            .hint("dbranch storage move, which finishes it"));
+        }
         if found.mounted().is_none() {
             return Ok(());
         }

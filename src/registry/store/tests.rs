@@ -1,5 +1,4 @@
 use super::*;
-use crate::types::VolumeId;
 
 fn registry() -> (tempfile::TempDir, Registry) {
     let dir = tempfile::tempdir().unwrap();
@@ -317,4 +316,102 @@ fn a_spare_volume_changes_places_with_the_branchs_own() {
     );
     registry.remove_spare_volume(&branch.volume).unwrap();
     assert_eq!(registry.spare_volumes().unwrap(), []);
+}
+
+fn a_place() -> Place {
+    Place {
+        volume: VolumeId::random(),
+        driver: "btrfs".into(),
+        pool: "/new".into(),
+    }
+}
+
+#[test]
+fn a_move_turns_the_branch_at_once_and_names_what_is_to_be_removed() {
+    let (_dir, registry) = registry();
+    let project = a_project(Path::new("/r/.git"), 15432);
+    registry.put_project(&project).unwrap();
+    let branch = registry
+        .add_branch(&a_branch(&project, "main"), (1, 9), |_| true)
+        .unwrap();
+    registry.set_stage(&branch.id, Stage::Ready).unwrap();
+    let (old, new) = (branch.place(), a_place());
+    let begun = MoveRecord {
+        branch: branch.id.clone(),
+        remove: new.clone(),
+    };
+    registry.begin_move(&begun).unwrap();
+    assert_eq!(registry.moves().unwrap(), [begun]);
+    assert!(!registry.holds_data(&new.volume).unwrap());
+
+    registry.turn_move(&branch.id, &old, &new).unwrap();
+    let turned = registry.branch(&branch.id).unwrap().unwrap();
+    assert_eq!(turned.place(), new);
+    assert!(turned.lies_in(Path::new("/new"), "btrfs"));
+    assert_eq!(registry.moves().unwrap()[0].remove, old);
+    assert!(registry.holds_data(&new.volume).unwrap());
+    // The way back is the same.
+    registry.turn_move(&branch.id, &new, &old).unwrap();
+    assert_eq!(registry.branch(&branch.id).unwrap().unwrap().place(), old);
+    registry.end_move(&new.volume).unwrap();
+    assert_eq!(registry.moves().unwrap(), []);
+}
+
+#[test]
+fn a_branch_that_is_gone_or_elsewhere_is_not_turned() {
+    let (_dir, registry) = registry();
+    let project = a_project(Path::new("/r/.git"), 15432);
+    registry.put_project(&project).unwrap();
+    let branch = registry
+        .add_branch(&a_branch(&project, "main"), (1, 9), |_| true)
+        .unwrap();
+    registry.set_stage(&branch.id, Stage::Ready).unwrap();
+    let (old, new) = (branch.place(), a_place());
+    let refused = |from: &Place, to: &Place| {
+        let turned = registry.turn_move(&branch.id, from, to);
+        assert!(
+            matches!(turned, Err(RegistryError::Elsewhere)),
+            "{turned:?}"
+        );
+    };
+    refused(&old, &new);
+    registry
+        .begin_move(&MoveRecord {
+            branch: branch.id.clone(),
+            remove: new.clone(),
+        })
+        .unwrap();
+    refused(&a_place(), &new);
+    registry.set_stage(&branch.id, Stage::Deleting).unwrap();
+    refused(&old, &new);
+    registry.remove_branch(&branch.id).unwrap();
+    refused(&old, &new);
+    // What was made stays to be removed.
+    assert_eq!(registry.moves().unwrap().len(), 1);
+}
+
+#[test]
+fn what_is_half_made_or_in_the_trash_is_not_counted() {
+    let (_dir, registry) = registry();
+    let project = a_project(Path::new("/repo"), 15432);
+    registry.put_project(&project).unwrap();
+    let add = |name: &str| {
+        let new = a_branch(&project, name);
+        registry
+            .add_branch(&new, (15500, 15509), |_| true)
+            .unwrap()
+            .id
+    };
+    let [ready, half_made, trashed] = [add("a"), add("b"), add("c")];
+    for id in [&ready, &trashed] {
+        registry.set_stage(id, Stage::Ready).unwrap();
+    }
+    registry
+        .set_trashed(std::slice::from_ref(&trashed), SystemTime::now())
+        .unwrap();
+    assert_eq!(registry.live_count(&project.id).unwrap(), 1);
+    registry.set_stage(&half_made, Stage::Ready).unwrap();
+    assert_eq!(registry.live_count(&project.id).unwrap(), 2);
+    registry.set_stage(&ready, Stage::Deleting).unwrap();
+    assert_eq!(registry.live_count(&project.id).unwrap(), 1);
 }

@@ -77,6 +77,7 @@ impl Btrfs {
     }
 
     fn probe(&self) -> Result<(), StorageError> {
+        let _in_use = self.pool.in_use()?;
         let stem = VolumeId::random();
         let first = OsString::from(format!("{PROBE}{stem}-1"));
         let second = OsString::from(format!("{PROBE}{stem}-2"));
@@ -183,6 +184,7 @@ impl StorageDriver for Btrfs {
     }
 
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.pool.must_be_free(id)?;
         self.create(OsStr::new(id.as_str()))
     }
@@ -215,6 +217,7 @@ impl StorageDriver for Btrfs {
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.remove(OsStr::new(id.as_str()))?;
         self.remove(OsStr::new(&format!("{id}{DOOMED}")))
     }
@@ -224,6 +227,9 @@ impl StorageDriver for Btrfs {
     }
 
     fn sweep(&self) -> Result<usize, StorageError> {
+        let Some(_alone) = self.pool.alone()? else {
+            return Ok(0);
+        };
         let mut left = self.pool.remains()?;
         left.extend(
             self.pool

@@ -17,9 +17,9 @@ use super::ioctl;
 
 /// A name in an open folder: cheaper than a path, and it stays in that folder.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct At<'a> {
-    pub(super) folder: &'a File,
-    pub(super) name: &'a OsStr,
+pub(in crate::storage) struct At<'a> {
+    pub(in crate::storage) folder: &'a File,
+    pub(in crate::storage) name: &'a OsStr,
 }
 
 impl At<'_> {
@@ -35,7 +35,7 @@ impl At<'_> {
         self.open(OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL, mode)
     }
 
-    pub(super) fn remove(self) -> io::Result<()> {
+    pub(in crate::storage) fn remove(self) -> io::Result<()> {
         use nix::unistd::{UnlinkatFlags, unlinkat};
         match unlinkat(self.folder, self.name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
@@ -52,14 +52,14 @@ const BUFFER: usize = 256 << 10;
 /// A regular file that is to be brought over. It may change meanwhile: the copy is then of
 /// the length it had when it was opened or less, its content as torn as any reader's.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(in crate::storage) struct Source {
     file: File,
     meta: Metadata,
 }
 
 impl Source {
     /// Opens a file, and nothing but a regular one; none if it is gone.
-    pub(super) fn open(at: At<'_>) -> io::Result<Option<Self>> {
+    pub(in crate::storage) fn open(at: At<'_>) -> io::Result<Option<Self>> {
         // A pipe would make an open without O_NONBLOCK wait.
         let file = match at.open(OFlag::O_RDONLY | OFlag::O_NONBLOCK, 0) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -73,15 +73,24 @@ impl Source {
         Ok(Some(Self { file, meta }))
     }
 
+    pub(in crate::storage) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// As it was when it was opened.
+    pub(in crate::storage) fn meta(&self) -> &Metadata {
+        &self.meta
+    }
+
     /// What the file has on disk.
-    pub(super) fn allocated_bytes(&self) -> u64 {
+    pub(in crate::storage) fn allocated_bytes(&self) -> u64 {
         allocated_bytes(&self.meta)
     }
 
     /// Makes `to`, where no file may be, share all blocks of this one. False where the file
     /// system refuses that for this file; nothing is left then.
     #[cfg(target_os = "linux")]
-    pub(super) fn share(&self, to: At<'_>) -> io::Result<bool> {
+    pub(in crate::storage) fn share(&self, to: At<'_>) -> io::Result<bool> {
         use std::os::fd::AsFd;
         let made = to.create(self.meta.mode())?;
         if self.meta.len() > 0 {
@@ -108,7 +117,7 @@ impl Source {
     /// Makes `to`, where no file may be, share all blocks of this one. False where the file
     /// system refuses that for this file; nothing is left then.
     #[cfg(target_os = "macos")]
-    pub(super) fn share(&self, to: At<'_>) -> io::Result<bool> {
+    pub(in crate::storage) fn share(&self, to: At<'_>) -> io::Result<bool> {
         use std::os::fd::AsFd;
         use std::os::unix::ffi::OsStrExt;
         let name = std::ffi::CString::new(to.name.as_bytes())?;
@@ -121,13 +130,17 @@ impl Source {
 
     /// No other system shares blocks.
     #[cfg(not(any(target_os = "linux", target_os = "macos")))]
-    pub(super) fn share(&self, _to: At<'_>) -> io::Result<bool> {
+    pub(in crate::storage) fn share(&self, _to: At<'_>) -> io::Result<bool> {
         Ok(false)
     }
 
     /// Writes this file's data into `to`, where no file may be. `step` gets the bytes done, and may say
     /// that no more is to be written.
-    pub(super) fn write(&self, to: At<'_>, step: &dyn Fn(u64) -> io::Result<()>) -> io::Result<()> {
+    pub(in crate::storage) fn write(
+        &self,
+        to: At<'_>,
+        step: &dyn Fn(u64) -> io::Result<()>,
+    ) -> io::Result<()> {
         let made = to.create(self.meta.mode())?;
         let holes = self.allocated_bytes() < self.meta.len();
         write_data(&self.file, &made, self.meta.len(), holes, step)?;
@@ -154,7 +167,7 @@ fn is_refusal(e: Errno) -> bool {
 }
 
 /// Gives a file or folder made for it the mode, times and owner of another.
-pub(super) fn keep_attributes(to: &File, meta: &Metadata) -> io::Result<()> {
+pub(in crate::storage) fn keep_attributes(to: &File, meta: &Metadata) -> io::Result<()> {
     let made = to.metadata()?;
     let other_owner = (made.uid(), made.gid()) != (meta.uid(), meta.gid());
     if other_owner {
@@ -220,7 +233,11 @@ fn write_data(
 
 /// Where the next data lies in `at..len`; none if only holes are left (lseek(2)).
 #[cfg(target_os = "linux")]
-fn next_data(from: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+pub(in crate::storage) fn next_data(
+    from: &File,
+    at: u64,
+    len: u64,
+) -> io::Result<Option<(u64, u64)>> {
     use nix::errno::Errno;
     use nix::unistd::{Whence, lseek};
     let seek = |at: u64, whence| {
@@ -248,7 +265,11 @@ fn next_data(from: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
     clippy::unnecessary_wraps,
     reason = "the same signature on every system"
 )]
-fn next_data(_from: &File, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+pub(in crate::storage) fn next_data(
+    _from: &File,
+    at: u64,
+    len: u64,
+) -> io::Result<Option<(u64, u64)>> {
     Ok(Some((at, len)))
 }
 

@@ -257,14 +257,14 @@ impl Failure {
 
 /// Makes all below `folder` durable: one call instead of one a file (syncfs(2)).
 #[cfg(target_os = "linux")]
-pub(super) fn sync(folder: &Path) -> io::Result<()> {
+pub(in crate::storage) fn sync(folder: &Path) -> io::Result<()> {
     Ok(nix::unistd::syncfs(File::open(folder)?)?)
 }
 
 /// Makes all below `folder` durable. fsync(2) of this system hands a file to the disk, and
 /// only the last one, which std makes `F_FULLFSYNC`, waits until the disk has written all.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn sync(folder: &Path) -> io::Result<()> {
+pub(in crate::storage) fn sync(folder: &Path) -> io::Result<()> {
     fn hand_over(folder: &Path) -> io::Result<()> {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;

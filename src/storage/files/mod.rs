@@ -13,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use self::file::{At, Source};
-use self::fill::{Brought, sync};
+use self::fill::Brought;
 use self::tree::Tree;
 use super::pool::{self, DOOMED, PARTIAL, Pool};
 use super::usage::Survey;
@@ -24,12 +24,12 @@ use super::{
 use crate::fsx;
 use crate::types::VolumeId;
 
-mod file;
+pub(super) mod file;
 mod fill;
 pub(super) mod ioctl;
 mod tree;
 
-pub(super) use fill::Done;
+pub(super) use fill::{Done, sync};
 
 /// What must stay free after a clone: postgres that finds a full disk stops.
 const MARGIN_BYTES: u64 = 64 << 20;
@@ -165,6 +165,7 @@ impl<W: Way> StorageDriver for FileByFile<W> {
     }
 
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.pool.must_be_free(id)?;
         let path = self.volume_path(id);
         DirBuilder::new()
@@ -196,6 +197,7 @@ impl<W: Way> StorageDriver for FileByFile<W> {
         omit: Omit,
         progress: Progress<'_>,
     ) -> Result<CloneMethod, StorageError> {
+        let _in_use = self.pool.in_use()?;
         let source = self.pool.must_exist(from)?;
         self.pool.must_be_free(to)?;
         let tree = Tree::read(&source, Path::new(""), omit)?;
@@ -249,6 +251,7 @@ impl<W: Way> StorageDriver for FileByFile<W> {
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let _in_use = self.pool.in_use()?;
         let path = self.volume_path(id);
         let doomed = with_ending(&path, DOOMED);
         if self.pool.existing(id.as_str().as_ref())?.is_some() {
@@ -265,6 +268,9 @@ impl<W: Way> StorageDriver for FileByFile<W> {
     }
 
     fn sweep(&self) -> Result<usize, StorageError> {
+        let Some(_alone) = self.pool.alone()? else {
+            return Ok(0);
+        };
         let left = self.pool.remains()?;
         left.iter().try_for_each(|name| self.remove(name))?;
         Ok(left.len())
@@ -351,6 +357,7 @@ impl Drop for HalfMade {
 /// Why files of the pool can't share blocks, found by trying; none if they can.
 pub(super) fn why_not_shared(pool: &Pool) -> Result<Option<String>, StorageError> {
     // Swept like any other half-made volume if this process dies.
+    let _in_use = pool.in_use()?;
     let id = VolumeId::random();
     let folder = HalfMade::begin(pool, pool.path().join(ended(&id, PARTIAL)))?;
     let tried = || {

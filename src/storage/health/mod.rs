@@ -136,9 +136,10 @@ pub enum Finding {
 
 /// Bytes free in the file system of a folder that must be written to, if they are too few.
 pub fn too_little_room(folder: &Path) -> Result<Option<u64>, StorageError> {
-    let space =
-        pool::space_of(folder).map_err(StorageError::io("read the free room of", folder))?;
-    let free_bytes = space.free_bytes;
+    let space = pool::space_of(folder);
+    let free_bytes = space
+        .map_err(StorageError::io("read the free room of", folder))?
+        .free_bytes;
     Ok((free_bytes < FULL_BYTES).then_some(free_bytes))
 }
 

@@ -94,6 +94,25 @@ struct Timespec {
     unused: u32,
 }
 
+// ---- BTRFS_IOC_FS_INFO ----------------------------------------------------------------------
+
+/// `struct btrfs_ioctl_fs_info_args`.
+#[repr(C)]
+struct FsInfo {
+    max_id: u64,
+    num_devices: u64,
+    fsid: [u8; 16],
+    sizes: [u32; 3],
+    csum_type: u16,
+    csum_size: u16,
+    /// What is wanted, then what is told.
+    flags: u64,
+    generation: u64,
+    rest: [u64; 120],
+}
+
+const GENERATION: u64 = 0x2;
+
 // ---- BTRFS_IOC_TREE_SEARCH_V2 ---------------------------------------------------------------
 
 /// Room for found items: more than the largest item (one node, 64 KiB at most), and
@@ -129,11 +148,16 @@ struct SearchArgs {
 const ITEM_HEADER: usize = 32;
 
 mod raw {
-    use super::{BTRFS_MAGIC, Fiemap, SearchArgs, SubvolInfo};
+    use super::{BTRFS_MAGIC, Fiemap, FsInfo, SearchArgs, SubvolInfo};
 
     // The number counts `struct fiemap` without its array: 32 bytes.
     nix::ioctl_readwrite_bad!(fiemap, nix::request_code_readwrite!(b'f', 11, 32), Fiemap);
     nix::ioctl_read!(get_subvol_info, BTRFS_MAGIC, 60, SubvolInfo);
+    nix::ioctl_readwrite_bad!(
+        fs_info,
+        nix::request_code_read!(BTRFS_MAGIC, 31, 1024),
+        FsInfo
+    );
     nix::ioctl_read!(start_sync, BTRFS_MAGIC, 24, u64);
     nix::ioctl_write_ptr!(wait_sync, BTRFS_MAGIC, 22, u64);
     // And the arguments without their buffer: 112 bytes.
@@ -229,13 +253,38 @@ pub(super) fn identity(folder: BorrowedFd<'_>) -> Result<(Identity, Duration), E
 }
 
 /// Ends the running transaction, so that what is kept back in memory is in the trees
-/// (`BTRFS_IOC_START_SYNC`, `BTRFS_IOC_WAIT_SYNC`). Data is not written because of it.
-pub(super) fn commit(file: BorrowedFd<'_>) -> Result<(), Errno> {
+/// (`BTRFS_IOC_START_SYNC`, `BTRFS_IOC_WAIT_SYNC`), and says which that was. Data is not written
+/// because of it.
+pub(super) fn commit(file: BorrowedFd<'_>) -> Result<u64, Errno> {
     let mut transaction = 0;
     // SAFETY: the descriptor is open for the call's time, and the kernel writes the one number.
     unsafe { raw::start_sync(file.as_raw_fd(), &raw mut transaction) }?;
     // SAFETY: the descriptor is open for the call's time, and the kernel reads the one number.
-    unsafe { raw::wait_sync(file.as_raw_fd(), &raw const transaction) }.map(drop)
+    unsafe { raw::wait_sync(file.as_raw_fd(), &raw const transaction) }?;
+    Ok(transaction)
+}
+
+/// The newest transaction that was begun (`BTRFS_IOC_FS_INFO`). Older ones change nothing any more.
+pub(super) fn running(file: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let mut info = FsInfo {
+        max_id: 0,
+        num_devices: 0,
+        fsid: [0; 16],
+        sizes: [0; 3],
+        csum_type: 0,
+        csum_size: 0,
+        flags: GENERATION,
+        generation: 0,
+        rest: [0; 120],
+    };
+    // SAFETY: the descriptor is open for the call's time, and `info` has the layout and size that
+    // the number promises, so the kernel writes inside it.
+    unsafe { raw::fs_info(file.as_raw_fd(), &raw mut info) }?;
+    if info.flags & GENERATION == 0 {
+        // Linux before 5.10 doesn't tell; what it ends now, it has begun.
+        return commit(file);
+    }
+    Ok(info.generation)
 }
 
 /// A key of a btrfs tree; keys are ordered as the fields are.
@@ -274,8 +323,6 @@ impl Key {
 #[derive(Debug)]
 pub(super) struct Item<'a> {
     pub(super) key: Key,
-    /// The transaction that wrote the item's leaf.
-    pub(super) written: u64,
     pub(super) data: &'a [u8],
 }
 
@@ -293,6 +340,10 @@ pub(super) struct Query {
 pub(super) struct Searcher(Box<SearchArgs>);
 
 impl Searcher {
+    #[expect(
+        clippy::large_stack_arrays,
+        reason = "it moves to the heap, and threads have 2 MiB"
+    )]
     pub(super) fn new() -> Self {
         Self(Box::new(SearchArgs {
             key: SearchKey {
@@ -369,8 +420,7 @@ fn take_item(found: &[u8]) -> Option<(Item<'_>, &[u8])> {
         kind: half(24)?,
         offset: word(16)?,
     };
-    let written = word(0)?;
-    Some((Item { key, written, data }, rest))
+    Some((Item { key, data }, rest))
 }
 
 #[cfg(test)]
@@ -382,6 +432,7 @@ mod tests {
         assert_eq!(size_of::<Extent>(), 56);
         assert_eq!(size_of::<Fiemap>(), 32 + 56 * EXTENTS);
         assert_eq!(size_of::<SubvolInfo>(), 504);
+        assert_eq!(size_of::<FsInfo>(), 1024);
         assert_eq!(size_of::<SearchKey>(), 104);
         assert_eq!(size_of::<SearchArgs>(), 112 + FOUND_BYTES);
     }

@@ -1,10 +1,12 @@
 //! What is counted, against file systems of the tests' own: nobody else writes there.
 
+#![cfg(target_os = "linux")]
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -13,10 +15,11 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Gid, Uid};
 
-use super::*;
-use crate::storage::usage::look::Ways;
-use crate::storage::{Choice, DriverKind, Omit, StorageDriver};
-use crate::types::Owner;
+use super::Survey;
+use super::look::Ways;
+use crate::storage::pool::Pool;
+use crate::storage::{Choice, DriverKind, Holder, Omit, StorageDriver, Usages};
+use crate::types::{Owner, VolumeId};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
@@ -140,7 +143,6 @@ impl Mounted {
             let meta = fs::metadata(&probe).unwrap();
             (meta.ctime(), meta.ctime_nsec())
         };
-        use std::os::unix::fs::MetadataExt as _;
         let before = time();
         while time() == before {
             std::hint::spin_loop();
@@ -193,9 +195,10 @@ impl Chaos {
         while let Some(folder) = folders.get(at).cloned() {
             at += 1;
             for entry in fs::read_dir(folder).unwrap().flatten() {
-                match entry.file_type().unwrap().is_dir() {
-                    true => folders.push(entry.path()),
-                    false => files.push(entry.path()),
+                if entry.file_type().unwrap().is_dir() {
+                    folders.push(entry.path());
+                } else {
+                    files.push(entry.path());
                 }
             }
         }
@@ -375,8 +378,6 @@ fn used(mounted: &Mounted) -> u64 {
         return space.total_bytes - space.free_bytes;
     }
     let at = mounted.at.display().to_string();
-    output("btrfs", &["subvolume", "sync", &at]);
-    mounted.sync();
     let told = output("btrfs", &["filesystem", "df", "--raw", &at]);
     let data = told.lines().find(|l| l.starts_with("Data")).unwrap();
     data.rsplit_once("used=").unwrap().1.trim().parse().unwrap()
@@ -410,7 +411,7 @@ fn destroying_frees_what_was_said() {
             let (before, said) = (used(&mounted), mounted.look(&survey));
             let said = said.volumes.iter().find(|v| v.id == all[at]).unwrap();
             mounted.driver().destroy(&all[at]).unwrap();
-            // XFS frees in the background.
+            // Both free in the background.
             let start = Instant::now();
             loop {
                 let freed = before.saturating_sub(used(&mounted));

@@ -83,9 +83,12 @@ impl State {
         let mut outside = Vec::new();
         let mut notes = Vec::new();
         let subvolumes = present.iter().any(|p| p.identity.is_some());
-        let trees = subvolumes.then(|| match self.ways.trees {
-            true => self.look_at_trees(pool, &present),
-            false => Err(Errno::EPERM),
+        let trees = subvolumes.then(|| {
+            if self.ways.trees {
+                self.look_at_trees(pool, &present)
+            } else {
+                Err(Errno::EPERM)
+            }
         });
         match trees {
             Some(Ok((changed, found))) => {

@@ -17,6 +17,8 @@ use super::{StorageError, Usage};
 mod files;
 #[cfg(target_os = "linux")]
 mod ioctl;
+#[cfg(test)]
+mod live_tests;
 #[cfg(target_os = "linux")]
 mod look;
 #[cfg(target_os = "linux")]

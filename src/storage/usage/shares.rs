@@ -8,23 +8,21 @@ use super::pieces::{Chunk, Piece};
 /// A set of volumes, by their numbers.
 type Members = Box<[u64]>;
 
-/// Every set of volumes that was met, numbered, so that sets are compared and joined by number.
+/// Every set of volumes that was met, numbered.
 #[derive(Debug)]
 struct Sets {
     words: usize,
-    sets: Vec<Members>,
+    all: Vec<Members>,
     numbers: HashMap<Members, usize>,
-    joined: HashMap<(usize, usize), usize>,
 }
 
 impl Sets {
-    /// The first `volumes` numbers are the sets of just that volume.
+    /// The first numbers, up to `volumes`, are the sets of just one volume.
     fn new(volumes: usize) -> Self {
         let mut sets = Self {
             words: volumes.div_ceil(64),
-            sets: Vec::new(),
+            all: Vec::new(),
             numbers: HashMap::new(),
-            joined: HashMap::new(),
         };
         for volume in 0..volumes {
             let mut members = vec![0; sets.words];
@@ -39,31 +37,13 @@ impl Sets {
             return *known;
         }
         let members: Members = members.into();
-        self.sets.push(members.clone());
-        self.numbers.insert(members, self.sets.len() - 1);
-        self.sets.len() - 1
-    }
-
-    fn join(&mut self, a: usize, b: usize) -> usize {
-        if a == b {
-            return a;
-        }
-        let pair = (a.min(b), a.max(b));
-        if let Some(known) = self.joined.get(&pair) {
-            return *known;
-        }
-        let members: Vec<u64> = self.sets[a]
-            .iter()
-            .zip(&self.sets[b])
-            .map(|(a, b)| a | b)
-            .collect();
-        let number = self.number(&members);
-        self.joined.insert(pair, number);
-        number
+        self.all.push(members.clone());
+        self.numbers.insert(members, self.all.len() - 1);
+        self.all.len() - 1
     }
 
     fn members(&self, set: usize) -> impl Iterator<Item = usize> {
-        self.sets[set].iter().enumerate().flat_map(|(at, word)| {
+        self.all[set].iter().enumerate().flat_map(|(at, word)| {
             let mut word = *word;
             std::iter::from_fn(move || {
                 let bit = word.trailing_zeros();
@@ -108,10 +88,11 @@ pub(super) fn lay(volumes: &[Vec<Chunk>]) -> Laid {
     let mut layers = layers(volumes, &mut sets);
     layers.sort_unstable_by_key(|layer| (layer.start, layer.end));
     let mut sums = Sums {
-        held: vec![0; sets.sets.len()],
+        held: vec![0; sets.all.len()],
         used_alone: vec![0; volumes.len()],
     };
     let mut counts = vec![0_u32; volumes.len()];
+    let mut now = vec![0_u64; sets.words];
     let mut rest = &layers[..];
     while let Some(first) = rest.first() {
         let mut end = first.end;
@@ -130,11 +111,13 @@ pub(super) fn lay(volumes: &[Vec<Chunk>]) -> Laid {
             .iter()
             .all(|layer| (layer.start, layer.end) == (first.start, first.end))
         {
-            let set = group
-                .iter()
-                .fold(first.set, |set, layer| sets.join(set, layer.set));
+            now.fill(0);
+            for layer in group {
+                let members = sets.all[layer.set].iter();
+                now.iter_mut().zip(members).for_each(|(all, of)| *all |= of);
+            }
             let used = group.iter().map(|layer| u64::from(layer.used)).sum();
-            sums.add(set, first.end - first.start, used);
+            sums.add(sets.number(&now), first.end - first.start, used);
         } else {
             cut(group, &mut sets, &mut counts, &mut sums);
         }
@@ -177,18 +160,22 @@ impl Sums {
 
 /// Each different chunk once, with the set of those that have it.
 fn layers(volumes: &[Vec<Chunk>], sets: &mut Sets) -> Vec<Layer> {
-    let mut owners: HashMap<*const Piece, (&Chunk, usize)> = HashMap::new();
-    for (volume, chunks) in volumes.iter().enumerate() {
-        for chunk in chunks {
-            let (_, set) = owners
-                .entry(Arc::as_ptr(chunk).cast())
-                .or_insert((chunk, volume));
-            *set = sets.join(*set, volume);
+    let mut numbers: HashMap<*const Piece, usize> = HashMap::new();
+    let mut chunks: Vec<(&Chunk, Members)> = Vec::new();
+    let mut room = 0;
+    for (volume, of_volume) in volumes.iter().enumerate() {
+        for chunk in of_volume {
+            let number = *numbers.entry(Arc::as_ptr(chunk).cast()).or_insert_with(|| {
+                room += chunk.len();
+                chunks.push((chunk, vec![0; sets.words].into()));
+                chunks.len() - 1
+            });
+            chunks[number].1[volume / 64] |= 1 << (volume % 64);
         }
     }
-    let room = owners.values().map(|(chunk, _)| chunk.len()).sum();
     let mut layers = Vec::with_capacity(room);
-    for (chunk, set) in owners.into_values() {
+    for (chunk, owners) in chunks {
+        let set = sets.number(&owners);
         let with_place = chunk.iter().filter(|piece| piece.held > 0);
         layers.extend(with_place.map(|piece| Layer {
             start: piece.start,

@@ -26,6 +26,7 @@ impl State {
     ) -> Result<(bool, Vec<(u64, String)>), Errno> {
         let folder = File::open(pool.path()).map_err(|e| errno(&e))?;
         let mut searcher = Searcher::new();
+        let running = ioctl::running(folder.as_fd())?;
         let listed = tree::list(&mut searcher, folder.as_fd())?;
         let mut wanted: Vec<(Identity, Option<&VolumeId>)> = present
             .iter()
@@ -51,6 +52,7 @@ impl State {
                 searcher: &mut searcher,
                 chunks: &mut self.chunks,
                 file: folder.as_fd(),
+                running,
             };
             let fresh = if let Some(mut known) = known.filter(|k| *k.identity() == identity) {
                 known.refresh(&mut reader, BTreeSet::new()).map(|changes| {
@@ -86,13 +88,14 @@ impl State {
         if !models.is_empty() {
             match ioctl::commit(folder.as_fd()) {
                 // Then nothing is kept back any more either.
-                Ok(()) | Err(Errno::EROFS) => {}
+                Ok(_) | Err(Errno::EROFS) => {}
                 Err(e) => return Err(e),
             }
             let mut reader = Reader {
                 searcher: &mut searcher,
                 chunks: &mut self.chunks,
                 file: folder.as_fd(),
+                running: ioctl::running(folder.as_fd())?,
             };
             follow_models(&mut read, &models, &mut reader)?;
         }
@@ -164,7 +167,7 @@ fn follow_models(
         let suspects = models.get(&at).and_then(|model| changed.get(model));
         let suspects = suspects.cloned().unwrap_or_default();
         match read[at].refresh(reader, suspects) {
-            Ok(changes) => drop(changed.insert(at, changes.inodes)),
+            Ok(found) => drop(changed.insert(at, found.inodes)),
             // Destroyed meanwhile; the next look drops it.
             Err(Errno::ENOENT) => {}
             Err(e) => return Err(e),

@@ -77,17 +77,12 @@ impl Survey {
 #[cfg(test)]
 #[cfg(target_os = "linux")]
 impl Survey {
-    fn with(ways: look::Ways) -> Self {
+    pub(super) fn with(ways: look::Ways) -> Self {
         let survey = Self::default();
         survey.state.lock().unwrap().ways = ways;
         survey
     }
 }
-
-#[cfg(test)]
-#[cfg(target_os = "linux")]
-#[path = "live_tests.rs"]
-mod live_tests;
 
 /// Each volume for itself. `alone`: whether it is known that they share nothing.
 fn plain(pool: &Pool, ids: &[VolumeId], alone: bool) -> Result<Usages, StorageError> {

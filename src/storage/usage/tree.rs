@@ -7,8 +7,8 @@
 //! to another of the same source, so that of a hundred branches one is read in full.
 //!
 //! btrfs keeps changes of inodes and folders back in memory until a transaction ends, and
-//! data until it is written. Both reach the tree in a later transaction than the last
-//! one seen, or the same, and so the next look.
+//! data until it is written. Both reach the tree in the transaction that runs now or a
+//! later one, and so the next look, which passes over older leaves only.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::BorrowedFd;
@@ -30,7 +30,7 @@ const DIR_INDEX: u32 = 96;
 const EXTENT_DATA: u32 = 108;
 
 /// Pieces are kept in chunks of this much of a file: where one changes, the others stay shared.
-const CHUNK_BYTES: u64 = 32 << 20;
+const CHUNK_BYTES: u64 = 4 << 20;
 
 /// What the tree says of a file or folder. Bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +38,7 @@ struct Inode {
     /// The transaction that last changed it.
     changed: u64,
     size: u64,
-    /// Allocated, as st_blocks counts.
+    /// Allocated, as `st_blocks` counts.
     allocated: u64,
     links: u32,
     is_folder: bool,
@@ -73,8 +73,8 @@ struct Stat {
 pub(super) struct Subvolume {
     identity: Identity,
     inodes: HashMap<u64, Arc<Inode>>,
-    /// The newest transaction that was seen: what is written later is not older.
-    seen: u64,
+    /// The transaction that ran when it was read: what was written later is not older.
+    since: u64,
 }
 
 /// What a look found different.
@@ -92,6 +92,8 @@ pub(super) struct Reader<'a> {
     pub(super) chunks: &'a mut Chunks,
     /// Any file of the file system.
     pub(super) file: BorrowedFd<'a>,
+    /// A transaction that no change from now on is older than.
+    pub(super) running: u64,
 }
 
 impl Subvolume {
@@ -104,11 +106,9 @@ impl Subvolume {
         let mut subvolume = Self {
             identity,
             inodes: HashMap::new(),
-            seen: 0,
+            since: reader.running,
         };
-        let found = reader.find(identity.tree, FIRST_INODE..=LAST_INODE, 0)?;
-        subvolume.seen = found.newest;
-        for (number, found) in found.inodes {
+        for (number, found) in reader.find(identity.tree, FIRST_INODE..=LAST_INODE, 0)? {
             if let Some(inode) = found.into_inode(reader.chunks) {
                 subvolume.inodes.insert(number, Arc::new(inode));
             }
@@ -145,7 +145,7 @@ impl Subvolume {
         let mut sibling = Self {
             identity,
             inodes: self.inodes.clone(),
-            seen: parted,
+            since: parted,
         };
         let changed_here = self
             .inodes
@@ -164,10 +164,8 @@ impl Subvolume {
         mut suspects: BTreeSet<u64>,
     ) -> Result<Changes, Errno> {
         let tree = self.identity.tree;
-        let found = reader.find(tree, FIRST_INODE..=LAST_INODE, self.seen)?;
-        let newest = self.seen.max(found.newest);
         let mut changes = Changes::default();
-        for (number, found) in found.inodes {
+        for (number, found) in reader.find(tree, FIRST_INODE..=LAST_INODE, self.since)? {
             changes.inodes.insert(number);
             match self.inodes.get(&number) {
                 Some(old) if !suspects.contains(&number) => {
@@ -194,7 +192,7 @@ impl Subvolume {
             }
             changes.inodes.insert(number);
             let found = reader.find(tree, number..=number, 0)?;
-            let found = found.inodes.into_iter().next().map(|(_, found)| found);
+            let found = found.into_iter().next().map(|(_, found)| found);
             let children = found.as_ref().map(|found| found.children.clone());
             match found.and_then(|found| found.into_inode(reader.chunks)) {
                 Some(new) => {
@@ -215,7 +213,7 @@ impl Subvolume {
                 }
             }
         }
-        self.seen = newest;
+        self.since = reader.running;
         Ok(changes)
     }
 
@@ -447,21 +445,14 @@ fn u32_at(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(data.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// What a search found.
-#[derive(Debug, Default)]
-struct Findings {
-    inodes: BTreeMap<u64, Found>,
-    /// The newest transaction among the leaves.
-    newest: u64,
-}
-
 impl Reader<'_> {
+    /// What there is of a range of inodes, in their order, in leaves written `since` a transaction.
     fn find(
         &mut self,
         tree: u64,
         inodes: std::ops::RangeInclusive<u64>,
         since: u64,
-    ) -> Result<Findings, Errno> {
+    ) -> Result<Vec<(u64, Found)>, Errno> {
         let query = Query {
             tree,
             first: Key {
@@ -476,21 +467,17 @@ impl Reader<'_> {
             },
             since,
         };
-        let mut newest = 0;
         let mut all = Vec::<(u64, Found)>::new();
-        self.searcher.search(self.file, query, |item| {
-            newest = newest.max(item.written);
-            match all.last_mut() {
+        self.searcher
+            .search(self.file, query, |item| match all.last_mut() {
                 Some((number, found)) if *number == item.key.object => found.take(&item),
                 _ => {
                     let mut found = Found::default();
                     found.take(&item);
                     all.push((item.key.object, found));
                 }
-            }
-        })?;
-        let inodes = all.into_iter().collect();
-        Ok(Findings { inodes, newest })
+            })?;
+        Ok(all)
     }
 }
 

@@ -111,6 +111,7 @@ impl Zfs {
             destroying: Mutex::new(()),
             busy_limit: BUSY_LIMIT,
         };
+        let _in_use = driver.pool.in_use()?;
         let reason = match driver.probe() {
             // In a full pool branches must still be shown and deleted.
             Ok(()) | Err(StorageError::NoRoom { .. }) => return Ok(driver),
@@ -551,6 +552,7 @@ impl StorageDriver for Zfs {
     }
 
     fn create_volume(&self, id: &VolumeId) -> Result<PathBuf, StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.pool.must_be_free(id)?;
         self.create(id.as_str())
     }
@@ -569,6 +571,7 @@ impl StorageDriver for Zfs {
         _omit: Omit,
         _progress: Progress<'_>,
     ) -> Result<CloneMethod, StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.must_be_a_volume(from)?;
         self.pool.must_be_free(to)?;
         self.clone_dataset(from.as_str(), to.as_str())?;
@@ -588,6 +591,7 @@ impl StorageDriver for Zfs {
     }
 
     fn destroy(&self, id: &VolumeId) -> Result<(), StorageError> {
+        let _in_use = self.pool.in_use()?;
         self.remove(id.as_str())
     }
 
@@ -606,21 +610,25 @@ impl StorageDriver for Zfs {
                 .map_err(|e| self.refusal("list", self.pool.path(), e))
         };
         let mut swept = 0;
-        let probes = list()?;
-        for probe in probes.iter().filter(|d| d.is_ours()) {
-            let name = probe.name.rsplit('/').next().unwrap_or_default();
-            if name.starts_with(PROBE) {
-                self.remove(name)?;
-                swept += 1;
+        let mut all = list()?;
+        // Others may be in the middle of a clone; mounting disturbs nobody.
+        let alone = self.pool.alone()?;
+        if alone.is_some() {
+            for probe in all.iter().filter(|d| d.is_ours()) {
+                let name = probe.name.rsplit('/').next().unwrap_or_default();
+                if name.starts_with(PROBE) {
+                    self.remove(name)?;
+                    swept += 1;
+                }
             }
+            all = list()?;
+            let turn = self.destroying();
+            swept += dataset::orphans(&all, &self.dataset)
+                .into_iter()
+                .filter(|orphan| self.destroy_snapshot(orphan))
+                .count();
+            drop(turn);
         }
-        let all = if swept == 0 { probes } else { list()? };
-        let turn = self.destroying();
-        swept += dataset::orphans(&all, &self.dataset)
-            .into_iter()
-            .filter(|orphan| self.destroy_snapshot(orphan))
-            .count();
-        drop(turn);
         let volumes: Vec<VolumeId> = all.iter().filter_map(Dataset::volume).collect();
         for volume in &volumes {
             if let Err(e) = self.mount(volume.as_str()) {
@@ -629,7 +637,8 @@ impl StorageDriver for Zfs {
         }
         for folder in self.pool.volumes()? {
             // Empty, or it stays: what has files is no mount point of ours.
-            if !volumes.contains(&folder) && fs::remove_dir(self.volume_path(&folder)).is_ok() {
+            let is_left = alone.is_some() && !volumes.contains(&folder);
+            if is_left && fs::remove_dir(self.volume_path(&folder)).is_ok() {
                 swept += 1;
             }
         }

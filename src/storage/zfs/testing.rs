@@ -42,11 +42,23 @@ pub(crate) fn folder() -> Result<PathBuf, String> {
         .ok_or_else(|| "DBRANCH_TEST_ZFS names no folder".into())
 }
 
+/// The dataset that is mounted there. zfs-fuse's own `zfs list PATH` finds none once the kernel
+/// has given out more than 255 device numbers.
+fn dataset_at(point: &Path) -> String {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let found = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (dataset, at) = (fields.next()?, fields.next()?);
+        (Path::new(at) == point).then(|| dataset.to_owned())
+    });
+    found.unwrap_or_else(|| panic!("no dataset is mounted at {}", point.display()))
+}
+
 impl TestDataset {
     /// Makes one that is mounted at `point`.
     pub(crate) fn mounted_at(point: &Path) -> Self {
         let base = folder().unwrap();
-        let base = zfs(&["list", "-H", "-o", "name", base.to_str().unwrap()]);
+        let base = dataset_at(&base);
         let name = format!("{base}/dbt-{}", VolumeId::random());
         let mountpoint = format!("mountpoint={}", point.to_str().unwrap());
         zfs(&["create", "-o", &mountpoint, &name]);

@@ -2,6 +2,7 @@
 
 mod carry_out;
 mod grow;
+mod r#move;
 mod remove;
 pub(super) mod setup;
 mod status;
@@ -17,7 +18,8 @@ const EXAMPLES: &str = "\
 Examples:
   dbranch storage status            where branches live, and the room there
   dbranch storage setup             a pool where branches are instant, on any disk
-  dbranch storage grow --size 80G   more room in it";
+  dbranch storage grow --size 80G   more room in it
+  dbranch storage move --dry-run    what would go there, and the room it takes";
 
 /// Look after the pools, the places where branches live
 #[derive(Debug, clap::Args)]
@@ -31,6 +33,7 @@ pub(crate) struct Args {
 enum Command {
     Setup(setup::Args),
     Grow(grow::Args),
+    Move(r#move::Args),
     Remove(remove::Args),
     Status(status::Args),
 }
@@ -39,6 +42,7 @@ pub(crate) fn run(cx: &Context, args: Args) -> Result<ExitStatus, Report> {
     match args.command {
         Command::Setup(args) => setup::run(cx, args),
         Command::Grow(args) => grow::run(cx, &args),
+        Command::Move(args) => r#move::run(cx, args),
         Command::Remove(args) => remove::run(cx, &args),
         Command::Status(args) => status::run(cx, args),
     }
