@@ -45,6 +45,8 @@ pub(super) struct Slot {
     /// Where a clone comes from that is to be made small before its first start. Whoever does so
     /// holds the lock.
     pub(super) fresh: Arc<Mutex<Option<Origin>>>,
+    /// How often the user has stopped it: a start in the background that came before is void.
+    stops: Arc<AtomicUsize>,
 }
 
 /// What belongs to a running instance.
@@ -85,6 +87,7 @@ impl Slot {
             state: watch::Sender::new(InstanceState::Stopped),
             sessions: Arc::default(),
             fresh: Arc::default(),
+            stops: Arc::default(),
         }
     }
 
@@ -142,15 +145,23 @@ impl Engine {
         self.detached(async move {
             engine.recut(&slot, &id).await;
             let mut live = slot.turn().await;
-            if slot.address().is_some_and(|address| !is_there(&address)) {
-                warn!(branch = %id, "its instance has lost its socket: starting it again");
-                engine
-                    .stop_in_turn(&slot, &mut live, StopMode::Fast)
-                    .await?;
-            }
-            engine.start_in_turn(&slot, &mut live, &id, asked).await
+            engine.wake_in_turn(&slot, &mut live, &id, asked).await
         })
         .await
+    }
+
+    async fn wake_in_turn(
+        &self,
+        slot: &Slot,
+        live: &mut Live,
+        id: &BranchId,
+        asked: Instant,
+    ) -> Result<BackendAddress> {
+        if slot.address().is_some_and(|address| !is_there(&address)) {
+            warn!(branch = %id, "its instance has lost its socket: starting it again");
+            self.stop_in_turn(slot, live, StopMode::Fast).await?;
+        }
+        self.start_in_turn(slot, live, id, asked).await
     }
 
     /// What a session of a branch needs: its instance, started when it does not run.
@@ -173,11 +184,18 @@ impl Engine {
         self.0.registry.branch(id).ok().flatten().map(|b| b.name)
     }
 
-    /// Starts a branch's instance without anybody waiting.
+    /// Starts a branch's instance without anybody waiting, unless it is stopped by the user before its
+    /// turn has come.
     pub(super) fn wake_in_background(&self, id: &BranchId) {
-        let (engine, id) = (self.clone(), id.clone());
+        let (engine, id, slot) = (self.clone(), id.clone(), self.slot(id));
+        let (asked, stops) = (Instant::now(), slot.stops.load(Ordering::Relaxed));
         self.0.tasks.spawn(async move {
-            if let Err(e) = engine.wake(&id).await {
+            engine.recut(&slot, &id).await;
+            let mut live = slot.turn().await;
+            if slot.stops.load(Ordering::Relaxed) != stops {
+                return;
+            }
+            if let Err(e) = engine.wake_in_turn(&slot, &mut live, &id, asked).await {
                 warn!(branch = %id, "start: {e}");
             }
         });
@@ -375,6 +393,7 @@ impl Engine {
         let (engine, id) = (self.clone(), id.clone());
         self.detached(async move {
             let slot = engine.slot(&id);
+            slot.stops.fetch_add(1, Ordering::Relaxed);
             let mut live = slot.turn().await;
             engine.stop_in_turn(&slot, &mut live, StopMode::Fast).await
         })

@@ -240,8 +240,7 @@ impl Engine {
         let at = shell_word(&point);
         let root = |command: String| as_root(&command);
         let own = |uid: u32| format!("{uid}:{}", self.0.owner.gid);
-        let make_room =
-            "dbranch usage, then dbranch delete --now what is not needed; or dbranch storage grow";
+        let make_room = make_room(path, examined);
         match finding {
             Finding::Volatile => Check::warning(
                 "volatile",
