@@ -67,7 +67,9 @@ impl State {
                     .enumerate()
                     .rev()
                     .find_map(|(at, subvolume)| Some((at, subvolume.parted_from(&identity)?)));
-                match near.filter(|_| self.ways.siblings) {
+                let near =
+                    near.filter(|(at, parted)| self.ways.siblings && read[*at].is_near(*parted));
+                match near {
                     Some((at, parted)) => {
                         models.insert(read.len(), at);
                         read[at].sibling(&mut reader, identity, parted)

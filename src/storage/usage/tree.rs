@@ -131,6 +131,21 @@ impl Subvolume {
         }
     }
 
+    /// Whether reading another by its difference from this one pays: all that changed here since
+    /// they `parted` has to be read there.
+    pub(super) fn is_near(&self, parted: u64) -> bool {
+        let pieces = |inode: &Inode| inode.chunks.values().map(|c| c.len()).sum::<usize>();
+        let (mut all, mut changed) = (0, 0);
+        for inode in self.inodes.values() {
+            let pieces = 1 + pieces(inode);
+            all += pieces;
+            if inode.changed >= parted {
+                changed += pieces;
+            }
+        }
+        changed * 3 < all
+    }
+
     /// Reads a subvolume that was the same tree as this one up to the transaction `parted`.
     ///
     /// A change of this one that btrfs still keeps back may have been taken for the other's: once
