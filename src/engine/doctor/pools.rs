@@ -346,7 +346,7 @@ impl Engine {
                 if idle_data_bytes > free_bytes {
                     root(format!("btrfs balance start -dusage=50 {at}"))
                 } else {
-                    make_room.to_owned()
+                    make_room
                 },
             ),
             Finding::ImageOutgrows {
@@ -491,6 +491,19 @@ fn advised(pool: &PoolInUse, advice: Option<String>) -> Option<Check> {
         "dbranch storage setup, then dbranch storage move"
     };
     advice.map(|advice| Check::warning("full-copies", advice, fix))
+}
+
+/// What gives a pool room: less in it, or a larger file around it.
+fn make_room(path: &Path, examined: &Examined) -> String {
+    let less = "dbranch usage, then dbranch delete --now what is not needed";
+    if examined.image.is_none() {
+        return less.into();
+    }
+    let gib = (examined.space.total_bytes >> 30).max(1) * 2;
+    format!(
+        "{less}; or dbranch storage grow --size {gib}G --path {}",
+        shell_word(path)
+    )
 }
 
 fn of_error(code: &'static str, e: EngineError) -> Check {
