@@ -403,7 +403,7 @@ mod tests {
 
     #[test]
     fn no_line_is_wider_than_the_terminal() {
-        let line = &shown(&usage(), Some(100))[1];
+        let line = &shown(&usage(), Some(94))[1];
         assert!(line.ends_with("feature/login, b +2"), "{line}");
         let mut usage = usage();
         usage.branches[1] = branch(&"x".repeat(200), 1, 1, &[&"y".repeat(200), "main"]);
