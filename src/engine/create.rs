@@ -171,6 +171,7 @@ impl Engine {
         child: &BranchRecord,
         to: &Reporter,
     ) -> Result<(CloneMethod, BranchRecord)> {
+        let seen = parent;
         let slot = self.slot(&parent.id);
         let live = slot.turn().await;
         let parent = self
@@ -185,7 +186,9 @@ impl Engine {
             pool: parent.pool.clone(),
             ..child.clone()
         };
-        self.0.registry.set_place(&child.id, &child.place())?;
+        if !seen.lies_in(&parent.pool, &parent.driver) {
+            self.0.registry.set_place(&child.id, &child.place())?;
+        }
         let (from, into) = (parent.volume.clone(), child.volume.clone());
         let what = format!("copying {}", parent.name);
         let reporter = to.clone();

@@ -27,7 +27,11 @@ impl Engine {
         let slot = self.slot(&branch.id);
         let mut live = slot.turn().await;
         let branch = self.0.registry.branch(&branch.id)?.unwrap_or(branch);
-        if self.branch_is_there(&branch).await.is_ok() {
+        let volumes = std::slice::from_ref(&branch.volume);
+        let there = self
+            .pool_is_there(&branch.pool, volumes, branch.driver.parse().ok())
+            .await;
+        if there.is_ok() {
             return Err(EngineError::refused(format!(
                 "branch `{}` is not lost: its pool {} is there",
                 branch.name,
@@ -39,6 +43,7 @@ impl Engine {
         // What still runs of it can't write any more, but holds its socket.
         self.stop_in_turn(&slot, &mut live, StopMode::Immediate)
             .await?;
+        self.0.registry.remove_spare_volumes_of(&branch.id)?;
         self.drop_record(&branch)?;
         self.drop_slot(&branch.id);
         info!(branch = %branch.name, pool = %branch.pool.display(), "forgotten: its pool is lost");

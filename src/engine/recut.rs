@@ -156,7 +156,8 @@ impl Engine {
         Ok(child
             .filter(|b| usable(b) && !b.started_once && !self.is_closing())
             .zip(parent.filter(|b| usable(b) && b.volume == origin.volume))
-            .filter(|(child, parent)| child.pool == parent.pool))
+            // One of them may have been moved.
+            .filter(|(child, parent)| child.lies_in(&parent.pool, &parent.driver)))
     }
 
     /// Destroys what an interrupted daemon left of cutting a branch again.

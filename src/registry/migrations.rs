@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_registry_from_before_moves_keeps_its_branches_and_can_move_them() {
-        let mut connection = written_at(2);
+        let mut connection = written_at(3);
         migrate(&mut connection).unwrap();
         let version: i64 = connection
             .query_row("PRAGMA user_version", [], |row| row.get(0))

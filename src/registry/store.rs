@@ -384,6 +384,17 @@ impl Registry {
         })
     }
 
+    /// Forgets the spare volumes of a branch that is lost with them.
+    pub fn remove_spare_volumes_of(&self, branch: &BranchId) -> Result<()> {
+        self.write(Durability::Process, |c| {
+            c.execute(
+                "DELETE FROM spare_volumes WHERE branch = ?1",
+                [branch.as_str()],
+            )?;
+            Ok(())
+        })
+    }
+
     /// Forgets a spare volume that was destroyed.
     pub fn remove_spare_volume(&self, volume: &VolumeId) -> Result<()> {
         self.write(Durability::Process, |c| {
@@ -421,6 +432,13 @@ impl Registry {
             if lies.as_deref() != Some(from.volume.as_str()) || !end_move(c, &to.volume)? {
                 return Err(RegistryError::Elsewhere);
             }
+            // A spare volume lies where its branch lay.
+            c.execute(
+                "INSERT INTO moves (volume, driver, pool, branch)
+                 SELECT volume, ?2, ?3, branch FROM spare_volumes WHERE branch = ?1",
+                params![id.as_str(), from.driver, text(&from.pool)],
+            )?;
+            c.execute("DELETE FROM spare_volumes WHERE branch = ?1", [id.as_str()])?;
             put_place(c, id, to)?;
             put_move(
                 c,

@@ -243,7 +243,7 @@ fn a_target_that_can_not_be_used_is_refused_and_nothing_is_moved() {
         fs::create_dir(&read_only).expect("ours");
         mount(&read_only, "size=1m,ro");
         let pool = read_only.join("pool");
-        let _ = move_to(&env, &pool, "copy").fails(1, &["nothing was moved", "Read-only"]);
+        let _ = move_to(&env, &pool, "copy").fails(1, &["nothing was moved", "read-only"]);
         unmount(&read_only);
     }
     let inside = volumes[0].join("pool");

@@ -28,7 +28,6 @@ use tracing::{info, warn};
 
 use self::plan::Plan;
 use super::{Engine, EngineError, Reporter, Result, blocking};
-use crate::config::Machine;
 use crate::git::Location;
 use crate::registry::{BranchRecord, Place, ProjectRecord, Stage};
 use crate::storage::{self, Choice, StorageDriver};
@@ -153,7 +152,7 @@ impl Engine {
     /// Opens the pool to move to; true if its folder was made for that.
     async fn target(&self, request: &MoveRequest) -> Result<(Arc<dyn StorageDriver>, bool)> {
         // As the settings are by now, not as they were at the daemon's start.
-        let machine = Machine::load(&self.0.paths)?;
+        let machine = self.reload_machine()?;
         let word = request.driver.as_ref().unwrap_or(&machine.storage.value);
         let choice: Choice = word
             .parse()
@@ -285,7 +284,9 @@ impl Mover {
                 all.max(answer.branches.len() + 1)
             );
             match self.move_branch(&branch, &what).await {
-                Ok(moved) => answer.branches.extend(moved),
+                Ok(Some(moved)) => answer.branches.push(moved),
+                // It is gone, or was cut again meanwhile.
+                Ok(None) => drop(tried.remove(&branch.id)),
                 Err(mut e) => {
                     e.message = format!(
                         "branch `{}` was not moved: {} ({} of {all} branches are in {})",

@@ -287,7 +287,7 @@ fn a_registry_from_before_spare_volumes_goes_on() {
         .unwrap();
     registry
         .read(|c| {
-            c.execute_batch("DROP TABLE spare_volumes")?;
+            c.execute_batch("DROP TABLE spare_volumes; DROP TABLE moves")?;
             Ok(c.pragma_update(None, "user_version", 2)?)
         })
         .unwrap();
@@ -342,14 +342,25 @@ fn a_move_turns_the_branch_at_once_and_names_what_is_to_be_removed() {
     };
     registry.begin_move(&begun).unwrap();
     assert_eq!(registry.moves().unwrap(), [begun]);
+    // One that could not be destroyed goes where the branch goes: among what is to be removed.
+    let spare = VolumeId::random();
+    registry.add_spare_volume(&spare, &branch.id).unwrap();
     assert!(!registry.holds_data(&new.volume).unwrap());
 
     registry.turn_move(&branch.id, &old, &new).unwrap();
     let turned = registry.branch(&branch.id).unwrap().unwrap();
     assert_eq!(turned.place(), new);
     assert!(turned.lies_in(Path::new("/new"), "btrfs"));
-    assert_eq!(registry.moves().unwrap()[0].remove, old);
+    assert!(registry.moves().unwrap().iter().any(|m| m.remove == old));
     assert!(registry.holds_data(&new.volume).unwrap());
+    assert_eq!(registry.spare_volumes().unwrap(), []);
+    let of_spare = Place {
+        volume: spare.clone(),
+        ..old.clone()
+    };
+    let moves = registry.moves().unwrap();
+    assert!(moves.iter().any(|m| m.remove == of_spare));
+    registry.end_move(&spare).unwrap();
     // The way back is the same.
     registry.turn_move(&branch.id, &new, &old).unwrap();
     assert_eq!(registry.branch(&branch.id).unwrap().unwrap().place(), old);
