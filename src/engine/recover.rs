@@ -29,7 +29,7 @@ pub struct Reconciled {
 
 impl Engine {
     /// Takes up where an earlier daemon left off. Trouble with one branch or project stops no other, and
-    /// a disk that hangs holds the daemon up no longer than [`RECOVER_LIMIT`]: what was begun there is
+    /// a disk that hangs holds the daemon up no longer than `RECOVER_LIMIT`: what was begun there is
     /// finished when it answers.
     pub async fn recover(&self) -> Result<()> {
         self.begin_sweeps()?;
