@@ -166,11 +166,21 @@ impl Pool {
     /// To be held while something in the pool is half made or half destroyed. Other daemons may
     /// have volumes in the same pool: whoever sweeps waits for nobody, and leaves all as it is
     /// while this is held. A lock (flock(2)) on the folder itself, given up with the process.
-    pub(super) fn in_use(&self) -> Result<Flock<File>, StorageError> {
-        let mut folder = self.folder()?;
+    pub(super) fn in_use(&self) -> Result<Option<Flock<File>>, StorageError> {
+        let mut folder = match open_folder(&self.path) {
+            Ok(folder) => folder,
+            // Whoever may not look into it can't make anything there either; what is tried next
+            // says whose it is.
+            Err(StorageError::Io { source, .. })
+                if source.kind() == ErrorKind::PermissionDenied =>
+            {
+                return Ok(None);
+            }
+            Err(_) => self.folder()?,
+        };
         loop {
             match Flock::lock(folder, FlockArg::LockShared) {
-                Ok(held) => return Ok(held),
+                Ok(held) => return Ok(Some(held)),
                 Err((again, Errno::EINTR)) => folder = again,
                 Err((_, e)) => return Err(StorageError::io("lock", &self.path)(e.into())),
             }

@@ -186,6 +186,7 @@ fn a_daemon_that_dies_while_it_cuts_again_leaves_one_volume() {
         let branch = format!("b{n}");
         env.sql_on("main", MUCH);
         let rows = env.sql_on("main", "select count(*) from much");
+        flush(&env);
         let _ = env.dbranch(&["shutdown"]).ok();
         env.set("DBRANCH_TEST_CRASH_AT", step);
         let _ = env.dbranch(&["start", "--detach"]).ok();
@@ -205,6 +206,12 @@ fn a_daemon_that_dies_while_it_cuts_again_leaves_one_volume() {
         env.sql_on(&branch, "insert into t values (1)");
     }
     assert_eq!(env.sql_on("main", "select count(*) from t"), "0");
+}
+
+/// Has the server write out its log: who reads rows the first time notes that in it, and leaves
+/// it unwritten for a moment. A branch that is cut just then is not cut again.
+fn flush(env: &TestEnv) {
+    env.sql_on("main", "select pg_logical_emit_message(true, 'a', 'a')");
 }
 
 /// What others do to a branch, its parent and its children in the moments before its first start.

@@ -25,6 +25,9 @@ struct PoolInUse {
     branches: HashMap<VolumeId, BranchName>,
 }
 
+/// File systems that share no blocks between files.
+const COPYING: [&str; 3] = ["ext4", "tmpfs", "overlayfs"];
+
 impl Engine {
     /// Every pool that holds a branch of this user, and the one that new projects get.
     pub(super) async fn check_pools(&self) -> Result<Vec<Check>> {
@@ -77,6 +80,14 @@ impl Engine {
                 "{} will be made at first need, on {file_system}",
                 path.display()
             );
+            if COPYING.contains(&file_system.as_str()) {
+                let detail = format!("{detail}, where every branch is a full copy");
+                return vec![Check::warning(
+                    "full-copies",
+                    detail,
+                    "dbranch storage setup",
+                )];
+            }
             return vec![Check::ok("storage", detail)];
         }
         self.check_pool(path, &PoolInUse::default()).await
